@@ -1,0 +1,27 @@
+"""What every test runs under: no network, reproducible random numbers, a logger that no earlier test has changed."""
+
+import logging
+import os
+
+import pytest
+from hypothesis import settings
+
+# Before any library reads them; child processes inherit them too.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads warn in every forked child
+
+# derandomize: the same examples on every run, and no database in the checkout
+settings.register_profile("reproducible", derandomize=True, deadline=None)
+settings.load_profile("reproducible")
+
+
+@pytest.fixture(autouse=True)
+def _restore_logger():
+    """`setup_logging` adds handlers and stops propagation, which would blind `caplog` in later tests."""
+    logger = logging.getLogger("v4train")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    for handler in set(logger.handlers) - set(handlers):
+        handler.close()
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)

@@ -1,0 +1,193 @@
+"""The engine in every ZeRO stage against a plain PyTorch loop, its state to the last bit, and its refusals.
+
+One launch runs many jobs, since starting the processes is most of the time.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.engine_worker import STEPS, train_plainly
+from tests.distributed.launch import launch
+
+pytestmark = pytest.mark.distributed
+
+STAGES = (0, 1, 2, 3)
+SAVE_AT = 3
+CLIP = 0.05  # the AdamW part of the gradient has a norm of 0.1 to 0.2
+WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.exhaustive), pytest.param(4, marks=pytest.mark.exhaustive)]
+LOSS_TOLERANCE = {"adamw": 1e-5, "muon": 1e-4}
+
+COMBINATIONS = [(stage, steps, name) for stage in STAGES for steps in (1, 2) for name in ("adamw", "muon")]
+EACH_STAGE = [(stage, name) for stage in STAGES for name in ("adamw", "muon")]
+
+oracle = cache(train_plainly)
+
+
+def key(kind: str, stage: int, steps: int, name: str) -> str:
+    return f"{kind}_zero{stage}_accumulation{steps}_{name}"
+
+
+def train_jobs(world: int, folder: Path) -> dict[str, dict]:
+    jobs = {}
+    for stage, steps, name in COMBINATIONS:
+        job = {"stage": stage, "accumulation": steps, "optimizer": name, "grad_clip": CLIP, "used_from": steps - 1}
+        save = {"save_at": SAVE_AT, "save": str(folder / f"{key('train', stage, steps, name)}.pt")}
+        jobs[key("train", stage, steps, name)] = job | save
+        if steps == 1 and world > 1:
+            jobs[key("inject", stage, steps, name)] = job | {"inject": 2}
+        if steps == 1 and stage == 3:
+            jobs[key("persistent", stage, steps, name)] = job | {"persistence": 100_000}
+    for stage, name in EACH_STAGE if world > 1 else ():  # last: DeepSpeed keeps autocast in a global
+        job = {"stage": stage, "accumulation": 2, "optimizer": name, "precision": "bf16"}
+        jobs[key("bf16", stage, 2, name)] = job
+    return jobs
+
+
+def load_jobs(world: int, folders: dict[int, Path]) -> dict[str, dict]:
+    jobs = {}
+    other = 2 if world == 1 else 1
+    for stage, steps, name in COMBINATIONS:
+        job = {"stage": stage, "accumulation": steps, "optimizer": name, "grad_clip": CLIP, "used_from": steps - 1}
+        job |= {"start": SAVE_AT, "load": str(folders[world] / f"{key('train', stage, steps, name)}.pt")}
+        jobs[key("train", stage, steps, name)] = job
+        if steps == 1:
+            elsewhere = str(folders[other] / f"{key('train', 3 - stage, steps, name)}.pt")
+            jobs[key("moved", stage, steps, name)] = job | {"load": elsewhere, "stop": SAVE_AT}
+        if steps == 1 and stage == 3:
+            jobs[key("persistent", stage, steps, name)] = job | {"persistence": 100_000}
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(kind, world) -> results of every rank, by job: `train` starts afresh, `load` is a new process."""
+
+    @cache
+    def folder(world: int) -> Path:
+        return tmp_path_factory.mktemp(f"world_{world}")
+
+    @cache
+    def results(kind: str, world: int) -> list[dict[str, dict]]:
+        out = tmp_path_factory.mktemp(f"{kind}_{world}")
+        if kind == "train":
+            jobs = train_jobs(world, folder(world))
+        else:
+            for size in {world, 2 if world == 1 else 1}:
+                results("train", size)
+            jobs = load_jobs(world, {size: folder(size) for size in (1, 2, world)})
+        spec = json.dumps({"folder": str(out), "jobs": list(jobs.values())})
+        launch("tests.distributed.engine_worker", world, [spec], out, timeout=120)
+        ranks = [torch.load(out / f"rank_{rank}.pt", weights_only=True) for rank in range(world)]
+        return [dict(zip(jobs, rank, strict=True)) for rank in ranks]
+
+    return results
+
+
+def assert_same_state(left: dict, right: dict) -> None:
+    """Equal to the last bit, names and keys included."""
+    assert list(left) == list(right)
+    for name in left:
+        assert left[name].keys() == right[name].keys()
+        for state_key, tensor in left[name].items():
+            other = right[name][state_key]
+            assert tensor.dtype == other.dtype == torch.float32
+            assert torch.equal(tensor.view(torch.int32), other.view(torch.int32)), (name, state_key)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("stage, steps, name", COMBINATIONS)
+def test_training_equals_plain_pytorch(run, world, stage, steps, name):
+    expected = oracle(name, CLIP, steps - 1)
+    for rank in run("train", world):
+        result = rank[key("train", stage, steps, name)]
+        assert result["losses"] == pytest.approx(expected["losses"], abs=LOSS_TOLERANCE[name], rel=0)
+        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+        assert all(result["finite"])
+        for parameter, weight in expected["weights"].items():
+            torch.testing.assert_close(result["state"][parameter]["weight"], weight, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_clipping_is_active_and_the_batch_order_matters(name):
+    """The oracle would notice clipping that is off, and `sometimes` used in the wrong half."""
+    clipped, free, other_half = oracle(name, CLIP, 0), oracle(name, 0.0, 0), oracle(name, CLIP, 1)
+    embedding = "embed.weight"
+    assert (clipped["weights"][embedding] - free["weights"][embedding]).abs().max() > 1e-4
+    assert (clipped["weights"]["sometimes.weight"] - other_half["weights"]["sometimes.weight"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_small_parameters_kept_whole_in_zero_3(run, world, name):
+    """DeepSpeed keeps small parameters gathered on every rank; the engine's other runs forbid it."""
+    result = run("train", world)[0][key("persistent", 3, 1, name)]
+    assert result["losses"] == pytest.approx(oracle(name, CLIP, 0)["losses"], abs=LOSS_TOLERANCE[name], rel=0)
+    resumed = run("load", world)[0][key("persistent", 3, 1, name)]
+    assert resumed["losses"] == result["losses"][SAVE_AT:]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("stage, steps, name", COMBINATIONS)
+def test_loading_in_a_new_process_continues_bitwise(run, world, stage, steps, name):
+    job = key("train", stage, steps, name)
+    for rank, resumed in zip(run("train", world), run("load", world), strict=True):
+        assert resumed[job]["losses"] == rank[job]["losses"][SAVE_AT:]
+        assert resumed[job]["norms"] == rank[job]["norms"][SAVE_AT:]
+        assert_same_state(resumed[job]["state"], rank[job]["state"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("stage, name", EACH_STAGE)
+def test_state_moves_between_layouts_bitwise(run, world, stage, name):
+    """From another stage and another number of ranks; the model computes with the moved weights."""
+    moved = run("load", world)[-1][key("moved", stage, 1, name)]
+    source = run("train", 2 if world == 1 else 1)[0][key("train", 3 - stage, 1, name)]
+    saved = torch.load(source["saved"], weights_only=True)
+    assert_same_state(moved["state"], saved)
+    assert moved["validation"] == pytest.approx(source["saved_validation"], abs=1e-6)
+    steps = {tensors["step"].item() for tensors in saved.values() if "step" in tensors}
+    assert steps == {float(SAVE_AT)}
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("stage, name", EACH_STAGE)
+def test_infinite_gradients_change_nothing(run, world, stage, name):
+    expected = oracle(name, CLIP, 0, skip=2)
+    for rank in run("train", world):
+        result = rank[key("inject", stage, 1, name)]
+        assert result["finite"] == [step != 2 for step in range(STEPS)]
+        assert_same_state(result["after"], result["before"])
+        for parameter, weight in expected["weights"].items():
+            torch.testing.assert_close(result["state"][parameter]["weight"], weight, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_bf16_sums_gradients_in_float32(run, world, name):
+    """Stage 0 reduces in float32 by construction; gradients reduced in bfloat16 elsewhere would differ by 1e-3."""
+    results = [run("train", world)[0][key("bf16", stage, 2, name)] for stage in STAGES]
+    for result in results:
+        assert result["losses"] == pytest.approx(oracle(name, precision="bf16")["losses"], abs=5e-3, rel=0)
+        assert result["norms"][0] == pytest.approx(results[0]["norms"][0], rel=1e-6)
+        assert result["losses"] == pytest.approx(results[0]["losses"], abs=1e-3, rel=0)
+    assert results[0]["losses"][0] != oracle(name)["losses"][0]  # autocast was on
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_muon_runs_once_a_step_and_is_spread_over_ranks(run, world):
+    """5 matrices (the stacked one is one call), 8 steps. Stages 1-2 repeat a matrix that straddles two ranks."""
+    for stage in STAGES[1:]:
+        for steps in (1, 2):
+            calls = [rank[key("train", stage, steps, "muon")]["muon_calls"] for rank in run("train", world)]
+            repeated = 5 * (world - 1) * STEPS if stage < 3 else 0
+            assert 5 * STEPS <= sum(calls) <= 5 * STEPS + repeated
+            assert world == 1 or min(calls) < 5 * STEPS
+
+
+def test_counts(run):
+    counts = run("train", 1)[0][key("train", 3, 1, "muon")]["counts"]
+    assert counts == {"muon": 3 * 10 * 16 + 24 * 16 + 16 * 16 + 16 * 16 + 7 * 16, "adamw": 29 * (16 + 7) + 12 * 16 + 40}

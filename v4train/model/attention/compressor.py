@@ -1,0 +1,56 @@
+"""KV compressors of CSA (overlapped, V4 report eqs. 9-12) and HCA (not overlapped, eqs. 20-23).
+
+Shapes: B batch, S sequence, M hidden, N entries, m compression ratio, c entry width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from v4train.model.documents import Blocks, gather_blocks
+from v4train.model.linear import StackedLinear
+from v4train.model.norm import RMSNorm
+from v4train.model.precision import full
+
+
+def compress(kv: Tensor, gate: Tensor, position_bias: Tensor, blocks: Blocks, overlap: bool) -> Tensor:
+    """Gated mean over each block, one softmax per channel (V4 report eqs. 11-12; 22-23).
+
+    Args:
+        kv, gate: [B, S, 2c] with overlap (channels [:c] serve the NEXT block's entry, [c:] the block's own), else
+            [B, S, c].
+        position_bias: [m, 2c] or [m, c], added to the gate of the j-th token of a block.
+        blocks: layout from `compression_blocks`.
+
+    Returns:
+        Entries [B, N, c] in kv's dtype, before norm and rotation. The softmax is fp32.
+    """
+    kv = gather_blocks(kv, blocks)
+    gate = full(gather_blocks(gate, blocks)) + full(position_bias)
+    if overlap:
+        kv_next, kv = kv.chunk(2, dim=-1)
+        gate_next, gate = gate.chunk(2, dim=-1)
+        gate_previous = _shift(gate_next).masked_fill(~blocks.has_previous[..., None, None], -torch.inf)
+        kv = torch.cat([_shift(kv_next), kv], dim=2)
+        gate = torch.cat([gate_previous, gate], dim=2)
+    return (kv * gate.softmax(dim=2).to(kv.dtype)).sum(dim=2)
+
+
+def _shift(x: Tensor) -> Tensor:
+    """Entry n takes what entry n - 1 held; entry 0 takes zeros."""
+    return nn.functional.pad(x[:, :-1], (0, 0, 0, 0, 1, 0)) if x.shape[1] else x
+
+
+class Compressor(nn.Module):
+    """Turns every m tokens of hidden states [B, S, M] into one normalised entry: [B, N, c], not yet rotated."""
+
+    def __init__(self, hidden_size: int, entry_dim: int, ratio: int, overlap: bool, eps: float) -> None:
+        super().__init__()
+        parts = 2 if overlap else 1
+        self.overlap = overlap
+        self.kv = StackedLinear(parts, hidden_size, entry_dim)
+        self.gate = StackedLinear(parts, hidden_size, entry_dim)
+        self.position_bias = nn.Parameter(torch.empty(ratio, parts * entry_dim))
+        self.norm = RMSNorm(entry_dim, eps)
+
+    def forward(self, x: Tensor, blocks: Blocks) -> Tensor:
+        return self.norm(compress(self.kv(x), self.gate(x), self.position_bias, blocks, self.overlap))

@@ -1,0 +1,44 @@
+"""Lightning indexer of CSA: scores compressed entries for each query (V4 report eqs. 13-17).
+
+Shapes: B batch, S sequence, M hidden, N entries, I indexer heads, J their width.
+"""
+
+from torch import Tensor, nn
+
+from v4train.model.attention.compressor import Compressor
+from v4train.model.config import ModelConfig
+from v4train.model.documents import Blocks
+from v4train.model.rope import rotate
+
+
+class Indexer(nn.Module):
+    """Own compressor for keys, queries from the attention's latent, one weight per head.
+
+    The Hadamard rotation of the released model is orthogonal and serves only quantisation: left out.
+    """
+
+    def __init__(self, config: ModelConfig, ratio: int) -> None:
+        super().__init__()
+        options = config.attention.indexer
+        self.num_heads = options.num_heads
+        self.scale = options.num_heads**-0.5 * options.head_dim**-0.5
+        self.compressor = Compressor(config.hidden_size, options.head_dim, ratio, True, config.norm_eps)
+        width = options.num_heads * options.head_dim
+        self.query = nn.Linear(config.attention.q_lora_rank, width, bias=False)
+        self.head_weight = nn.Linear(config.hidden_size, options.num_heads, bias=False)
+
+    def forward(
+        self, x: Tensor, latent: Tensor, blocks: Blocks, rotation: Tensor, entry_rotation: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs of `index_scores`.
+
+        Args:
+            x: [B, S, M]; latent: [B, S, q_lora_rank]; both detached by the caller.
+            rotation, entry_rotation: complex64 rotations of the tokens and of the entries' first tokens.
+
+        Returns:
+            query [B, S, I, J], keys [B, N, J], head weights [B, S, I] with I^-0.5 * J^-0.5 included.
+        """
+        query = rotate(self.query(latent).unflatten(-1, (self.num_heads, -1)), rotation)
+        keys = rotate(self.compressor(x, blocks), entry_rotation)
+        return query, keys, self.head_weight(x) * self.scale

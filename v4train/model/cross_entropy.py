@@ -1,0 +1,59 @@
+"""Cross-entropy from hidden states without ever holding all logits: gradients are made chunk by chunk in forward."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from v4train.model.precision import full
+
+CHUNK_BYTES = 64 * 2**20  # fp32 logits held at a time
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = full(x.new_zeros(()))
+        x_gradient = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        weight_gradient = full(torch.zeros_like(weight)) if ctx.needs_input_grad[1] else None
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for begin in range(0, x.shape[0], rows):
+            chunk, target = x[begin : begin + rows], targets[begin : begin + rows]
+            logits = full(F.linear(chunk, weight))
+            normaliser = logits.logsumexp(-1)
+            valid = target != -100
+            index = target.clamp(min=0)[:, None]
+            total += (normaliser - logits.gather(-1, index)[:, 0])[valid].sum()
+            if x_gradient is None and weight_gradient is None:
+                continue
+            gradient = (logits - normaliser[:, None]).exp_()
+            gradient.scatter_add_(-1, index, torch.full_like(gradient[:, :1], -1.0))
+            gradient = (gradient * valid[:, None]).to(chunk.dtype)
+            if x_gradient is not None:
+                x_gradient[begin : begin + rows] = gradient @ weight
+            if weight_gradient is not None:
+                weight_gradient += full(gradient.mT @ chunk)
+        ctx.save_for_backward(x_gradient, weight_gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        x_gradient, weight_gradient = ctx.saved_tensors
+        x_gradient = None if x_gradient is None else x_gradient * gradient.to(x_gradient.dtype)
+        weight_gradient = None if weight_gradient is None else weight_gradient * gradient
+        return x_gradient, weight_gradient, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log softmax(x weight^T)[target] over the targets that are not -100, in nats, fp32.
+
+    Args:
+        x: [T, M]; weight: [V, M]; under autocast both are multiplied in its dtype, softmax and sum stay fp32.
+        targets: [T] int64, -100 where ignored.
+    """
+    weight_used = weight
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight_used = x.to(dtype), weight.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(x, weight_used, targets)

@@ -1,0 +1,66 @@
+"""Losses that arise inside a model, and how they reach the log and the gradients (DESIGN 5, 7).
+
+Router balance and indexer KL arise in the middle of the network. Each is attached to the activation that passes by:
+the forward value is unchanged, and backward adds the loss's own gradient, multiplied by `scale`. Nothing between
+there and the main loss (recomputation, a pipeline) needs to know of it.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, activation: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(loss)
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (loss,) = ctx.saved_tensors
+        return gradient, torch.full_like(loss, ctx.scale), None
+
+
+class Losses:
+    """Loss values of one model's forward pass, and the normalisation that the trainer gives them.
+
+    Attributes:
+        scale: multiplies the gradient of attached losses. 1 for a plain `loss.backward()`; with an engine that
+            divides the main loss by the accumulation steps, their inverse.
+        denominators: count that a loss named so is divided by (see `Transformer.count`). A name that is absent is
+            divided by the micro-batch's own count. With D data ranks and A accumulation steps whose gradients are
+            averaged, global count / (D * A) makes the average the mean over the global batch.
+    """
+
+    def __init__(self) -> None:
+        self.scale: float = 1.0
+        self.denominators: dict[str, Tensor | float] = {}
+        self._values: dict[str, list[Tensor]] = defaultdict(list)
+
+    def mean(self, name: str, total: Tensor, count: Tensor) -> Tensor:
+        """`total` over the trainer's denominator for `name`, or over `count` (at least 1)."""
+        return total / self.denominators.get(name, count.clamp(min=1))
+
+    @property
+    def recording(self) -> bool:
+        """False inside backward: there activation checkpointing recomputes what forward has recorded."""
+        return torch._C._current_graph_task_id() == -1
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Keep a value for the log. Values recorded several times (once a layer) are averaged."""
+        if self.recording:
+            self._values[name].append(value)
+
+    def attach(self, activation: Tensor, name: str, value: Tensor, weight: float) -> Tensor:
+        """`activation`, whose backward also trains `weight * value`; the unweighted value is recorded."""
+        self.record(name, value.detach())
+        return _Attach.apply(activation, weight * value, self.scale)
+
+    def collect(self) -> dict[str, Tensor]:
+        """Recorded values, each averaged over its layers; forgets them."""
+        values = {name: torch.stack(values).mean() for name, values in self._values.items()}
+        self._values.clear()
+        return values

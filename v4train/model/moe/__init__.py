@@ -1,0 +1,25 @@
+"""DeepSeekMoE of V4: routed experts plus a shared one (V4 report section 2.1)."""
+
+from torch import Tensor, nn
+
+from v4train.model.config import ModelConfig
+from v4train.model.losses import Losses
+from v4train.model.moe.experts import Experts, SharedExpert
+from v4train.model.moe.router import HashRouter, ScoreRouter
+
+
+class MoE(nn.Module):
+    """y = sum_e g_e E_e(x) + E_shared(x); hash-routed in the first `num_hash_layers` layers, else score-routed."""
+
+    def __init__(self, config: ModelConfig, losses: Losses, hashed: bool) -> None:
+        super().__init__()
+        num_routers = config.num_layers - config.moe.num_hash_layers + config.mtp.num_layers
+        self.router = HashRouter(config) if hashed else ScoreRouter(config, losses, num_routers)
+        self.experts = Experts(config)
+        self.shared = SharedExpert(config) if config.moe.num_shared_experts else None
+
+    def forward(self, x: Tensor, input_ids: Tensor, document_ids: Tensor) -> Tensor:
+        """Hidden states [B, S, M] of tokens `input_ids` [B, S] to [B, S, M]."""
+        chosen, weights = self.router(x, input_ids, document_ids)
+        routed = self.experts(x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1)).view_as(x)
+        return routed if self.shared is None else routed + self.shared(x)

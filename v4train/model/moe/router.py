@@ -1,0 +1,105 @@
+"""Routers of V4's MoE: scored with a selection bias, or hashed by token id (V4 report section 2.1, V4.md 2.5).
+
+Shapes: B batch, S sequence, M hidden, E experts, K experts per token.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from v4train.model.config import ModelConfig
+from v4train.model.losses import Losses
+from v4train.model.moe.balance import sequence_balance_loss
+from v4train.model.precision import full, full_precision
+
+TINY = 1e-30  # keeps the gradient of sqrt finite once softplus underflows (x = -110 in fp32)
+GATE_EPS = 1e-20  # floor of the gate normaliser, as in the released code
+
+
+def affinities(logits: Tensor) -> Tensor:
+    """sqrt(softplus(x)), fp32, with a finite gradient everywhere."""
+    return torch.sqrt(F.softplus(logits) + TINY)
+
+
+def gates(scores: Tensor, chosen: Tensor, scaling: float) -> Tensor:
+    """Weights of the chosen experts, normalised over them and scaled: [.., E], [.., K] -> [.., K]."""
+    weights = scores.gather(-1, chosen)
+    return weights / (weights.sum(-1, keepdim=True) + GATE_EPS) * scaling
+
+
+class ScoreRouter(nn.Module):
+    """Top-K of affinity + bias. The bias only selects; it is moved against the load after each step (loss-free)."""
+
+    def __init__(self, config: ModelConfig, losses: Losses, num_routers: int) -> None:
+        super().__init__()
+        self.options, self.losses = config.moe, losses
+        self.loss_share = 1 / num_routers  # the balance loss is the mean over score-routed layers
+        self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
+        self.register_buffer("bias", torch.empty(config.moe.num_experts, dtype=torch.float32))
+        self.load: Tensor | None = None  # [E] tokens sent to each expert since `take_load`
+
+    def forward(self, x: Tensor, input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts [B, S, K] int64 and their weights [B, S, K] fp32 for hidden states [B, S, M]."""
+        with full_precision(x.device.type):
+            scores = affinities(F.linear(full(x), full(self.weight)))
+        chosen = (scores.detach() + self.bias).topk(self.options.top_k, dim=-1).indices
+        weights = gates(scores, chosen, self.options.routed_scaling_factor)
+        if self.training:
+            valid = document_ids >= 0
+            self._count(chosen, valid)
+            balance = sequence_balance_loss(scores, self.options.top_k, valid)
+            weight = self.options.balance_loss_weight * self.loss_share
+            weights = self.losses.attach(weights, "balance_loss", balance, weight)
+        return chosen, weights
+
+    def _count(self, chosen: Tensor, valid: Tensor) -> None:
+        if not self.losses.recording:
+            return
+        counts = torch.bincount(chosen[valid].flatten(), minlength=self.options.num_experts)
+        self.load = counts if self.load is None else self.load + counts
+
+    def take_load(self) -> Tensor:
+        """Tokens sent to each expert since the last call, [E] int64; padding is not counted."""
+        load = torch.zeros_like(self.bias, dtype=torch.long) if self.load is None else self.load
+        self.load = None
+        return load
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor, speed: float) -> None:
+        """b += speed * sign(mean load - load), over the load of the global batch (V4.md 2.5)."""
+        load = load.to(self.bias)
+        self.bias += speed * torch.sign(load.mean() - load)
+
+
+class HashRouter(nn.Module):
+    """Experts fixed by token id; the weight is trained all the same, since it gives the gate values."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.options = config.moe
+        self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
+        self.register_buffer("table", torch.empty(config.vocab_size, config.moe.top_k, dtype=torch.long))
+
+    def forward(self, x: Tensor, input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts [B, S, K] int64 and their weights [B, S, K] fp32 for hidden states [B, S, M]."""
+        with full_precision(x.device.type):
+            scores = affinities(F.linear(full(x), full(self.weight)))
+        chosen = self.table[input_ids]
+        return chosen, gates(scores, chosen, self.options.routed_scaling_factor)
+
+
+def balanced_table(vocab_size: int, num_experts: int, top_k: int, generator: torch.Generator) -> Tensor:
+    """Seeded hash table [vocab_size, K]: K different experts a token, each expert in equally many rows (+-1).
+
+    DeepSeek's own hash is not disclosed (V4.md 0, trap 7). Token v takes K consecutive slots of an endless deal of
+    shuffled decks, where a deck that would repeat an expert within a token is dealt with those moved to its end.
+    """
+    table, hand = torch.empty(vocab_size, top_k, dtype=torch.long), []
+    for token in range(vocab_size):
+        carried = hand
+        if len(hand) < top_k:
+            deck = torch.randperm(num_experts, generator=generator).tolist()
+            hand = carried + [e for e in deck if e not in carried] + [e for e in deck if e in carried]
+        table[token] = torch.tensor(hand[:top_k])
+        hand = hand[top_k:]
+    return table[torch.randperm(vocab_size, generator=generator)]

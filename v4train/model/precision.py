@@ -1,0 +1,14 @@
+"""Where full precision is kept under autocast: norms, router, mHC coefficients, softmax (V4.md 2.1, 2.10)."""
+
+import torch
+from torch import Tensor
+
+
+def full_precision(device_type: str) -> torch.autocast:
+    """Context in which autocast is off, so that fp32 inputs are multiplied in fp32."""
+    return torch.autocast(device_type, enabled=False)
+
+
+def full(x: Tensor) -> Tensor:
+    """x in fp32, or unchanged if it is wider (a whole model in fp64 is exact to fp64, for tests)."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,128 @@
+"""Residual connections between sub-layers: plain, and manifold-constrained hyper-connections (mHC).
+
+Sources: V4 report section 2.2, mHC paper arXiv 2512.24880, V4.md 2.1 (orientation: trap 3).
+
+Shapes: B batch, S sequence, C streams, M hidden. Streams are [B, S, C, M]; a plain residual has C = 1.
+A residual module collapses the streams to a sub-layer's input and returns the coefficients that `merge` needs to put
+the sub-layer's output back.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from v4train.model.config import ModelConfig
+from v4train.model.precision import full, full_precision
+
+
+def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
+    """Approximately doubly stochastic matrices from logits [C, C, ...]: (source, destination, any).
+
+    The released code's order (V4.md trap 3): softmax over destinations, divide by the sums over sources, then
+    `iterations - 1` times both. On B = transpose this is 20 x RowNorm(ColNorm(.)) of report eq. 8.
+    The stream dimensions come first so that sums over them are vectorised over tokens.
+    """
+    mixing = logits.softmax(dim=1) + eps
+    mixing = mixing / (mixing.sum(0, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        mixing = mixing / (mixing.sum(1, keepdim=True) + eps)
+        mixing = mixing / (mixing.sum(0, keepdim=True) + eps)
+    return mixing
+
+
+def stream_projection(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm (no weight) over all C*M values of a token, then a linear map: [B, S, C, M] -> fp32 [R, B, S].
+
+    The norm's scalar is applied after the product, which is the same and saves a pass over the streams.
+    """
+    with full_precision(streams.device.type):
+        flat = full(streams.flatten(2))
+        scale = torch.rsqrt(flat.square().mean(-1) + eps)
+        return F.linear(flat, full(weight)).movedim(-1, 0) * scale
+
+
+class PlainResidual(nn.Module):
+    """x + f(x), one stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, None]:
+        """The only stream, [B, S, 1, M] -> [B, S, M]; no coefficients."""
+        return streams[:, :, 0], None
+
+    def merge(self, streams: Tensor, output: Tensor, coefficients: None) -> Tensor:
+        """streams + output."""
+        return streams + output[:, :, None]
+
+
+class HyperConnection(nn.Module):
+    """mHC: X <- B X + C f(A X), with A, B, C functions of the token's own streams (V4 report eqs. 1-8)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.options, self.norm_eps = config.residual, config.norm_eps
+        count = self.options.num_streams
+        rows = (count, count, count * count)  # pre, post, mixing
+        self.projection = nn.Parameter(torch.empty(sum(rows), count * config.hidden_size))
+        self.projection.independent_rows = rows  # three matrices to the optimizer
+        self.static_bias = nn.Parameter(torch.empty(sum(rows)))
+        self.gates = nn.Parameter(torch.empty(3))
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Collapsed input [B, S, M], and (post [B, S, C] fp32, mixing [B, S, source, destination] fp32)."""
+        count, eps = self.options.num_streams, self.options.eps
+        sizes = [count, count, count * count]
+        projected = stream_projection(streams, self.projection, self.norm_eps)
+        gate = torch.cat([gate.expand(size) for gate, size in zip(self.gates, sizes, strict=True)])
+        logits = projected * gate[:, None, None] + self.static_bias[:, None, None]
+        pre, post, mixing = logits.split(sizes)
+        pre, post = torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post)
+        mixing = sinkhorn(mixing.unflatten(0, (count, count)), self.options.sinkhorn_iterations, eps)
+        return collapse(streams, pre), (post.movedim(0, -1), mixing.movedim((0, 1), (-2, -1)))
+
+    def merge(self, streams: Tensor, output: Tensor, coefficients: tuple[Tensor, Tensor]) -> Tensor:
+        """new_k = sum_j mixing[j, k] x_j + post_k * output, in the streams' dtype."""
+        post, mixing = coefficients
+        with full_precision(streams.device.type):
+            mixed = torch.matmul(mixing.mT.to(streams.dtype), streams)
+            return mixed + post[..., None].to(streams.dtype) * output[:, :, None].to(streams.dtype)
+
+
+def collapse(streams: Tensor, pre: Tensor) -> Tensor:
+    """sum_i pre_i x_i: [B, S, C, M], [C, B, S] -> [B, S, M]."""
+    with full_precision(streams.device.type):
+        return torch.matmul(pre.movedim(0, -1)[:, :, None].to(streams.dtype), streams)[:, :, 0]
+
+
+class StreamCollapse(nn.Module):
+    """Streams to one at the end of the network: u = sum_i (sigmoid(.) + eps) x_i (V4.md 2.1, head)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        count = config.residual.num_streams
+        self.norm_eps, self.eps = config.norm_eps, config.residual.eps
+        self.projection = nn.Parameter(torch.empty(count, count * config.hidden_size))
+        self.static_bias = nn.Parameter(torch.empty(count))
+        self.gates = nn.Parameter(torch.empty(1))
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """[B, S, C, M] -> [B, S, M]."""
+        projected = stream_projection(streams, self.projection, self.norm_eps)
+        logits = projected * self.gates + self.static_bias[:, None, None]
+        return collapse(streams, torch.sigmoid(logits) + self.eps)
+
+
+class SingleStream(nn.Module):
+    """The collapse of a plain residual: its only stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """[B, S, 1, M] -> [B, S, M]."""
+        return streams[:, :, 0]
+
+
+RESIDUALS = {"plain": PlainResidual, "mhc": HyperConnection}
+COLLAPSES = {"plain": SingleStream, "mhc": StreamCollapse}

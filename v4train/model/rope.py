@@ -1,0 +1,67 @@
+"""Rotary position embedding: interleaved pairs, the LAST `rope_dim` channels, YaRN (V4.md 0.1, 2.2).
+
+Shapes: B batch, S sequence, H heads, D head width, R = rope_dim.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from v4train.model.config import RopeConfig
+from v4train.model.precision import full
+
+
+def inverse_frequencies(rope_dim: int, rope: RopeConfig, device: torch.device) -> Tensor:
+    """Angle per position of each of the R/2 pairs, fp32 [R/2]; blended with f/factor (YaRN) if factor > 1."""
+    return _frequencies(rope_dim, rope.theta, rope.factor, rope.original_length, rope.beta_fast, rope.beta_slow, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _frequencies(
+    rope_dim: int,
+    theta: float,
+    factor: float,
+    original_length: int,
+    beta_fast: float,
+    beta_slow: float,
+    device: torch.device,
+) -> Tensor:
+    exponent = torch.arange(0, rope_dim, 2, dtype=torch.float32, device="cpu") / rope_dim
+    frequency = 1.0 / theta**exponent
+    if factor > 1:
+
+        def correction_dim(rotations: float) -> float:
+            return rope_dim * math.log(original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+        low = max(math.floor(correction_dim(beta_fast)), 0)
+        high = min(math.ceil(correction_dim(beta_slow)), rope_dim - 1)
+        pair = torch.arange(rope_dim // 2, dtype=torch.float32, device="cpu")
+        ramp = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+        frequency = frequency * (1 - ramp) + frequency / factor * ramp
+    return frequency.to(device)
+
+
+def rotations(positions: Tensor, rope_dim: int, rope: RopeConfig) -> Tensor:
+    """Unit complex numbers exp(i * position * frequency): [B, S] int -> complex64 [B, S, R/2]."""
+    angle = positions[..., None].float() * inverse_frequencies(rope_dim, rope, positions.device)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate channel pairs (2i, 2i+1) of the last R channels of x.
+
+    Args:
+        x: [B, S, ..., D], any dtype.
+        rotation: complex64 [B, S, R/2] from `rotations`; pass its conjugate to rotate back.
+
+    Returns:
+        Tensor of x's shape and dtype. Source: V4 report section 2.3, partial RoPE on the last 64 dimensions.
+    """
+    rope_dim = 2 * rotation.shape[-1]
+    plain, turned = x.split([x.shape[-1] - rope_dim, rope_dim], dim=-1)
+    rotation = rotation.reshape(*rotation.shape[:2], *[1] * (x.dim() - 3), rotation.shape[-1])
+    pairs = torch.view_as_complex(full(turned).unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    return torch.cat([plain, turned], dim=-1)

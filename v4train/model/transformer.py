@@ -1,0 +1,126 @@
+"""The decoder: embedding, blocks of mixed attention kinds, head, and MTP (DESIGN, decision 1).
+
+    tokens -> Embedding -> Block x L -> Head -> lm_loss
+                                     \\-> MTP -> mtp_loss        (trains the trunk too; unused at inference)
+
+Each part maps (streams [B, S, C, M], input ids, document ids, targets) to the same tuple, so that a pipeline can cut
+the list anywhere. Shapes: B batch, S sequence, C streams, M hidden, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from v4train.errors import ConfigError
+from v4train.model.attention.csa import CompressedSparseAttention
+from v4train.model.block import Block
+from v4train.model.config import ATTENTION_MODES, ModelConfig, model_config
+from v4train.model.documents import compression_blocks
+from v4train.model.embedding import Embedding
+from v4train.model.head import Head
+from v4train.model.init import initialise
+from v4train.model.losses import Losses
+from v4train.model.moe.router import ScoreRouter
+from v4train.model.mtp import MTP, next_tokens
+
+
+class ModelOutput(NamedTuple):
+    """`logits` [B, S, V] fp32 without targets; `loss` (the whole objective, scalar) and `losses` with them."""
+
+    logits: Tensor | None
+    loss: Tensor | None
+    losses: dict[str, Tensor]
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V4-style language model. Build it with `build_model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.losses = Losses()
+        self.embedding = Embedding(config)
+        self.blocks = nn.ModuleList(
+            Block(config, self.losses, kind, hashed=layer < config.moe.num_hash_layers)
+            for layer, kind in enumerate(config.layer_kinds)
+        )
+        self.head = Head(config, self.losses)
+        self.mtp = MTP(config, self.losses, self.embedding, self.head) if config.mtp.num_layers else None
+
+    def parts(self) -> list[nn.Module]:
+        """The flat list that training runs through, in order."""
+        return [self.embedding, *self.blocks, self.head, *([self.mtp] if self.mtp is not None else [])]
+
+    def forward(
+        self, input_ids: Tensor, document_ids: Tensor | None = None, targets: Tensor | None = None
+    ) -> ModelOutput:
+        """Logits, or the training objective.
+
+        Args:
+            input_ids: [B, S] int64.
+            document_ids: [B, S] int64, constant within a document, changing at each start, -1 for padding; None is
+                one document a row.
+            targets: [B, S] int64, already shifted, -100 where ignored. With targets no [B, S, V] tensor is kept.
+
+        Returns:
+            `loss` = lm_loss + weight * mtp_loss; its backward trains everything, the attached balance and indexer
+            losses included (in training mode). `losses` are unweighted values for the log.
+        """
+        if document_ids is None:
+            document_ids = torch.zeros_like(input_ids)
+        state = (None, input_ids, document_ids, targets)
+        if targets is None:
+            for part in (self.embedding, *self.blocks):
+                state = part(*state)
+            self.losses.collect()
+            return ModelOutput(self.head.lm_head(self.head.output_norm(state[0]), None), None, {})
+        for part in self.parts():
+            state = part(*state)
+        losses = self.losses.collect()
+        loss = losses["lm_loss"]
+        if self.mtp is not None:
+            loss = loss + self.config.mtp.loss_weight * losses["mtp_loss"]
+        return ModelOutput(None, loss, losses)
+
+    def count(self, input_ids: Tensor, document_ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """What each loss of this batch is a mean over: int64 scalars by loss name, for `losses.denominators`."""
+        counts = {"lm_loss": (targets != -100).sum()}
+        if self.mtp is not None:
+            counts["mtp_loss"] = (next_tokens(input_ids, document_ids, targets)[2] != -100).sum()
+        if "csa" in self.config.layer_kinds:
+            blocks = compression_blocks(document_ids, self.config.attention.csa_compression)
+            counts["indexer_kl"] = (blocks.end > blocks.first).sum()
+        return counts
+
+    @property
+    def attention_mode(self) -> str:
+        """`sparse` (default), `dense` (all visible entries, indexer unused) or `indexer_warmup`."""
+        modes = [module.mode for module in self.modules() if isinstance(module, CompressedSparseAttention)]
+        return modes[0] if modes else "sparse"
+
+    @attention_mode.setter
+    def attention_mode(self, mode: str) -> None:
+        if mode not in ATTENTION_MODES:
+            raise ConfigError("attention_mode", mode, "unknown mode", f"use one of {', '.join(ATTENTION_MODES)}")
+        for module in self.modules():
+            if isinstance(module, CompressedSparseAttention):
+                module.mode = mode
+
+    def routers(self) -> dict[str, ScoreRouter]:
+        """Score-routed routers by name: their loads and selection biases are the trainer's to update."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, ScoreRouter)}
+
+
+def build_model(config: DictConfig | ModelConfig) -> Transformer:
+    """Model from `cfg.model`, on the current default device, initialised unless that is meta.
+
+    Raises:
+        ConfigError: the description breaks a rule.
+    """
+    config = model_config(config)
+    model = Transformer(config)
+    if next(model.parameters()).device.type != "meta":
+        initialise(model, config)
+    return model

@@ -1,0 +1,101 @@
+"""Which optimizer holds which parameter (V4 report 2.4): Muon for matrices, AdamW for the rest."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from v4train.errors import ConfigError
+
+OPTIMIZERS = ("muon", "adamw")
+
+
+@dataclass
+class OptimizerConfig:
+    """Values and their meaning: conf/optimizer/*.yaml."""
+
+    name: str  # muon: Muon on matrices and AdamW on the rest | adamw: AdamW on everything
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    momentum: float
+    update_rms: float
+    newton_schulz_steps: tuple[int, int]
+    newton_schulz_dtype: str  # float32 | bfloat16
+
+    def __post_init__(self) -> None:
+        self.betas = tuple(self.betas)
+        self.newton_schulz_steps = tuple(self.newton_schulz_steps)
+        if self.name not in OPTIMIZERS:
+            raise ConfigError("optimizer.name", self.name, "unknown optimizer", f"use one of {', '.join(OPTIMIZERS)}")
+        if self.newton_schulz_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(
+                "optimizer.newton_schulz_dtype", self.newton_schulz_dtype, "unknown type", "use float32 or bfloat16"
+            )
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters, by canonical name, that share an optimizer and a learning rate.
+
+    Nothing here holds a number of elements: ZeRO 3 empties the parameters.
+    """
+
+    name: str  # unique, e.g. "muon", "muon_rows_4_4_16", "adamw_indexer"
+    use_muon: bool
+    independent_rows: tuple[int, ...] | None  # Muon: sizes of the matrices stacked along the rows; None is one matrix
+    indexer: bool  # parameters of lightning indexers, which some phases train alone or freeze
+    parameters: dict[str, nn.Parameter]
+
+
+def is_muon_parameter(name: str, parameter: nn.Parameter) -> bool:
+    """A matrix or a stack of matrices, but no embedding, output head or (position) bias."""
+    return parameter.ndim >= 2 and "embed" not in name and "lm_head" not in name and not name.endswith("bias")
+
+
+def param_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
+    """Split the model's parameters: one group for each optimizer, set of stacked rows, and indexer or not.
+
+    Raises ValueError for a parameter without gradient (freeze by a learning rate of 0 instead: a state that exists on
+    every parameter is what makes phases and checkpoints simple) and for `independent_rows` that do not fit the shape.
+    """
+    groups: dict[str, ParameterGroup] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            raise ValueError(f"{name} does not require a gradient; freeze it by a learning rate of 0 instead")
+        use_muon = config.name == "muon" and is_muon_parameter(name, parameter)
+        rows = _independent_rows(name, parameter) if use_muon else None
+        indexer = "indexer" in name
+        parts = ["muon" if use_muon else "adamw"]
+        parts += ["rows", *map(str, rows)] if rows else []
+        parts += ["indexer"] if indexer else []
+        key = "_".join(parts)
+        group = groups.setdefault(key, ParameterGroup(key, use_muon, rows, indexer, {}))
+        group.parameters[name] = parameter
+    return list(groups.values())
+
+
+def parameter_counts(model: nn.Module, groups: list[ParameterGroup], config: OptimizerConfig) -> dict[str, int]:
+    """Number of elements each optimizer holds, e.g. {"muon": 9_000_000, "adamw": 400_000}, for the start-up print.
+
+    Call it before ZeRO 3 empties the parameters. Raises ValueError when a parameter is in no group or in two, or when
+    a matrix that is Muon's is not with Muon.
+    """
+    held = [(name, group.use_muon) for group in groups for name in group.parameters]
+    if sorted(name for name, _ in held) != sorted(name for name, _ in model.named_parameters()):
+        missed = {name for name, _ in model.named_parameters()} ^ {name for name, _ in held}
+        raise ValueError(f"every parameter must be in exactly one group; look at {sorted(missed) or 'duplicates'}")
+    use_muon = dict(held)
+    counts = {"muon": 0, "adamw": 0} if config.name == "muon" else {"adamw": 0}
+    for name, parameter in model.named_parameters():
+        if config.name == "muon" and use_muon[name] != is_muon_parameter(name, parameter):
+            wrong, right = ("Muon", "AdamW") if use_muon[name] else ("AdamW", "Muon")
+            raise ValueError(f"{name} {list(parameter.shape)} is held by {wrong} but belongs to {right}")
+        counts["muon" if use_muon[name] else "adamw"] += parameter.numel()
+    return counts
+
+
+def _independent_rows(name: str, parameter: nn.Parameter) -> tuple[int, ...] | None:
+    rows = getattr(parameter, "independent_rows", None)
+    if rows is not None and sum(rows) != parameter.shape[-2]:
+        raise ValueError(f"{name}: independent_rows {tuple(rows)} do not sum to the {parameter.shape[-2]} rows")
+    return None if rows is None else tuple(int(size) for size in rows)

@@ -1,0 +1,80 @@
+"""The optimizer objects given to DeepSpeed. Import it only after `start_distributed`: it imports DeepSpeed."""
+
+import torch
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+from v4train.optim.muon import muon_update
+from v4train.optim.param_groups import OptimizerConfig, ParameterGroup
+from v4train.parallel.deepspeed_fixes import install_muon, muon_settings
+
+
+class MuonWithAdamW(MuonWithAuxAdam):
+    """V4's Muon on groups with `use_muon`, torch's AdamW on the others.
+
+    ZeRO 3 (deepspeed 0.19.8) recognises Muon by the base class, ZeRO 1-2 by "muon" in the class's name. The step is
+    ours because the base's passes no stack of matrices at stage 0 and steps parameters that have no gradient.
+    """
+
+    def __init__(self, groups: list[dict], config: OptimizerConfig) -> None:
+        super().__init__(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs=_adamw_settings(config))
+        self._muon_settings = muon_settings(config)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update. ZeRO calls this once per group, with only that group in `param_groups`."""
+        for group in self.param_groups:
+            if group["use_muon"]:
+                for parameter in group["params"]:
+                    self._muon_step(parameter, group)
+        if self.aux_optimizer is None:  # a model of matrices only
+            return
+        self.aux_optimizer.param_groups = [group for group in self.param_groups if not group["use_muon"]]
+        self.aux_optimizer.state = self.state
+        self.aux_optimizer.step()
+
+    def _muon_step(self, parameter: torch.Tensor, group: dict) -> None:
+        update = parameter.grad
+        if update is None:
+            return
+        if parameter.ndim >= 2:  # stage 0; a flat shard of ZeRO 1-3 carries an update that is already orthogonalised
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            update = muon_update(
+                update, state["momentum_buffer"], independent_rows=group["independent_rows"], **self._muon_settings
+            )
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"])
+
+
+def build_optimizer(groups: list[ParameterGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Muon with AdamW, or AdamW alone. Learning rates start at 0 and are set before each step."""
+    settings = [_settings(group, config) for group in groups]
+    if config.name == "adamw":
+        return torch.optim.AdamW(settings, **_adamw_settings(config))
+    install_muon(groups, config)
+    return MuonWithAdamW(settings, config)
+
+
+def _settings(group: ParameterGroup, config: OptimizerConfig) -> dict:
+    common = {
+        "params": list(group.parameters.values()),
+        "name": group.name,
+        "use_muon": group.use_muon,
+        "lr": 0.0,
+        "weight_decay": config.weight_decay,
+    }
+    if group.use_muon:
+        return common | {"momentum": config.momentum, "independent_rows": group.independent_rows}
+    return common | {"betas": config.betas, "eps": config.eps}
+
+
+def _adamw_settings(config: OptimizerConfig) -> dict:
+    # fused: one pass over the memory, on CPU as on CUDA
+    return {
+        "lr": 0.0,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }

@@ -1,0 +1,156 @@
+"""Which rank this process is, and how the ranks share the work.
+
+Everything up to `start_distributed` is arithmetic on the configuration and the environment, so an impossible layout
+stops a run before anything is allocated.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from v4train.errors import ConfigError
+from v4train.parallel.deepspeed_config import check_deepspeed_keys
+
+# Sizes that later versions split the world by; today's engine runs data parallelism only.
+UNSUPPORTED = ("expert", "tensor", "pipeline", "context")
+
+
+@dataclass
+class ParallelismConfig:
+    """Values and their meaning: conf/parallelism/*.yaml."""
+
+    data: int | None
+    expert: int
+    tensor: int
+    pipeline: int
+    context: int
+    zero_stage: int
+    deepspeed: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place: ranks count from 0; `device` is `cpu` or `cuda:<local_rank>`."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    data_rank: int
+    data_size: int
+    device: torch.device
+
+
+def make_topology(config: ParallelismConfig, device: str = "cpu", environ: Mapping[str, str] | None = None) -> Topology:
+    """Check the layout against the ranks that were started and say which of them this process is.
+
+    device: `cpu` or `cuda`. environ: of this process if None. Raises ConfigError for a layout that cannot run.
+    """
+    rank, world_size, local_rank = read_ranks(os.environ if environ is None else environ)
+    data_size = check_layout(config, world_size)
+    place = torch.device("cuda", local_rank) if torch.device(device).type == "cuda" else torch.device(device)
+    return Topology(rank, world_size, local_rank, data_rank=rank, data_size=data_size, device=place)
+
+
+def check_layout(config: ParallelismConfig, world_size: int) -> int:
+    """Raise ConfigError unless the layout fits `world_size` ranks; return the data-parallel size."""
+    for key in UNSUPPORTED:
+        size = getattr(config, key)
+        if size != 1:
+            raise ConfigError(
+                f"parallelism.{key}", size, f"{key} parallelism is not available yet", f"set parallelism.{key}=1"
+            )
+    if config.zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(
+            "parallelism.zero_stage", config.zero_stage, "ZeRO has stages 0 to 3", "use 0, 1, 2 or 3; 1 is the default"
+        )
+    check_deepspeed_keys(config.deepspeed)
+    if config.data is None:
+        return world_size
+    if config.data != world_size:
+        sizes = "data {data} x expert {expert} x tensor {tensor} x pipeline {pipeline} x context {context}"
+        plural = "" if world_size == 1 else "es"
+        raise ConfigError(
+            "parallelism.data",
+            config.data,
+            f"the sizes {sizes.format(**vars(config))} must multiply to the {world_size} process{plural} started",
+            f"set parallelism.data={world_size} (or null), or start {config.data} with torchrun "
+            f"--nproc-per-node={config.data}",
+        )
+    return config.data
+
+
+def read_ranks(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or srun set them; plain `python` is a world of one.
+
+    srun is recognised by SLURM_STEP_ID: an sbatch script has the other variables too, but is a single process.
+    """
+    if "RANK" in environ:
+        return int(environ["RANK"]), int(environ.get("WORLD_SIZE", "1")), int(environ.get("LOCAL_RANK", "0"))
+    if _launched_by_srun(environ):
+        return int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]), int(environ["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def rendezvous(topology: Topology, environ: Mapping[str, str]) -> tuple[str, int]:
+    """Address and port of rank 0: as given, else from SLURM's node list and job id, else a free port here."""
+    address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if "RANK" not in environ and _launched_by_srun(environ):
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+        job, step = int(environ.get("SLURM_JOB_ID", "0")), int(environ.get("SLURM_STEP_ID", "0"))
+        return address or first_node(nodes), int(port or 20000 + (job * 17 + step) % 20000)
+    if topology.world_size > 1 and not (address and port):
+        raise ConfigError(
+            "WORLD_SIZE", topology.world_size, "needs MASTER_ADDR and MASTER_PORT as well", "start it with torchrun"
+        )
+    return address or "127.0.0.1", int(port or _free_port())
+
+
+def first_node(node_list: str) -> str:
+    """First host of SLURM's compressed list, e.g. `gpu[003-007,9],cpu1` -> `gpu003`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", node_list)
+    return match.group(1) + (match.group(2) or "")
+
+
+def start_distributed(topology: Topology, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the process group (gloo on CPU, NCCL on CUDA). Call once, before anything imports DeepSpeed."""
+    from v4train.parallel.deepspeed_fixes import init_distributed, quiet
+
+    _export(topology, os.environ)
+    if topology.device.type == "cuda":
+        torch.cuda.set_device(topology.device)
+    quiet()
+    init_distributed(topology.device, timeout)
+
+
+def stop_distributed() -> None:
+    """Leave the process group. Without it, some runs hang or abort at exit (deepspeed 0.19.8, gloo)."""
+    if torch.distributed.is_initialized():
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()
+
+
+def _export(topology: Topology, environ: MutableMapping[str, str]) -> None:
+    """Tell torch and DeepSpeed 0.19.8, which otherwise looks for MPI, through the variables that torchrun sets."""
+    address, port = rendezvous(topology, environ)
+    environ["MASTER_ADDR"], environ["MASTER_PORT"] = address, str(port)
+    environ["RANK"], environ["WORLD_SIZE"] = str(topology.rank), str(topology.world_size)
+    environ["LOCAL_RANK"] = str(topology.local_rank)
+    if topology.device.type == "cpu":
+        environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported; it would pick a GPU that it sees
+
+
+def _launched_by_srun(environ: Mapping[str, str]) -> bool:
+    return "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

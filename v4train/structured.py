@@ -1,0 +1,52 @@
+"""From a Hydra node to a typed dataclass, with one clear line for an unknown key or a wrong type."""
+
+import difflib
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from v4train.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def structured(kind: type[T], node: DictConfig | dict, prefix: str) -> T:
+    """Instance of dataclass `kind` from `node`, interpolations resolved.
+
+    Args:
+        prefix: where the node stands in the whole configuration, e.g. `model`, for messages.
+
+    Raises:
+        ConfigError: a key that `kind` lacks (with the nearest one it has), a missing key, or a wrong type.
+    """
+    values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    _check_keys(kind, values, prefix)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        rule = str(error.msg or error).splitlines()[0].rstrip(".")
+        remedy = "give a value of that type" if key else "see conf/ for the keys"
+        raise ConfigError(f"{prefix}.{key}".rstrip("."), _look_up(values, key), rule, remedy) from error
+
+
+def _check_keys(kind: type, values: dict[str, Any], prefix: str) -> None:
+    known = {field.name: field.type for field in fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            remedy = f"did you mean {prefix}.{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{prefix}.{key}", value, "unknown key", remedy)
+        if is_dataclass(known[key]) and isinstance(value, dict):
+            _check_keys(known[key], value, f"{prefix}.{key}")
+    for key in known:
+        if key not in values:
+            raise ConfigError(f"{prefix}.{key}", "missing", "it has no value", "set it; conf/ shows typical ones")
+
+
+def _look_up(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part, "?") if isinstance(values, dict) else "?"
+    return values

@@ -1,0 +1,126 @@
+"""What a run leaves in numbers: `metrics.jsonl`, one JSON object a line, and `summary.json`.
+
+JSON has no NaN and no infinity, and a diverged loss is worth keeping, so these are written as the strings "nan", "inf"
+and "-inf". `read_metrics` turns them back into floats; elsewhere `float(value)` does.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class MetricsFile:
+    """Appends records to a file, each one safe on disk's side of the process before `write` returns.
+
+    Args:
+        path: the file; its folder is created. An existing file is continued: on resume call `truncate_after` first.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line. Values: numbers, strings, None, one-element tensors or arrays, lists and dicts of these.
+
+        Raises:
+            KeyError: the record has no "step", by which a resumed run decides what to keep.
+        """
+        if "step" not in record:
+            raise KeyError("a metrics record needs the key 'step'")
+        self._file.write(_to_json(record).encode() + b"\n")
+        self._file.flush()  # a killed process loses no line (a power cut may: that is not worth an fsync every step)
+
+    def truncate_after(self, step: int) -> None:
+        """Keep the lines whose step is at most `step`, in order; drop the rest and whatever is no complete record.
+
+        Atomic: a kill in the middle leaves the old file or the new one.
+        """
+        self._file.close()
+        _write_atomically(self.path, _lines_up_to(self.path, step))
+        self._file = self.path.open("ab")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All complete records of a metrics file, oldest first; a line torn by a kill is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    with Path(path).open("rb") as file:
+        records = map(_parse, file)
+        return [_restore_floats(record) for record in records if record is not None]
+
+
+def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
+    """Write one indented JSON object, atomically; values as in `MetricsFile.write`."""
+    _write_atomically(Path(path), [_to_json(summary, indent=2).encode() + b"\n"])
+
+
+def _lines_up_to(path: Path, step: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for line in file:
+            record = _parse(line)
+            if record is not None and record["step"] <= step:
+                yield line.rstrip() + b"\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record of a line, or None. A proper prefix of a JSON object is never one, so a torn line shows."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # bad JSON or bad UTF-8
+        return None
+    complete = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if complete else None
+
+
+def _write_atomically(path: Path, lines: Iterator[bytes] | list[bytes]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())  # or the rename may reach the disk before the content
+    os.replace(temporary, path)
+
+
+def _to_json(value: Mapping[str, Any], indent: int | None = None) -> str:
+    return json.dumps(_plain(value), allow_nan=False, ensure_ascii=False, indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    """The same value in what JSON knows: tensor and array scalars as numbers, non-finite floats as strings."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # "nan", "inf" or "-inf"
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _restore_floats(value: Any) -> Any:
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: _restore_floats(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_restore_floats(entry) for entry in value]
+    return value
