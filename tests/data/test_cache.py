@@ -1,12 +1,16 @@
+import hashlib
 import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from v4train.data.cache import MANIFEST, cached_folder, is_whole
 from v4train.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 
 class Builder:
@@ -57,7 +61,7 @@ def test_what_a_killed_writer_left_is_not_used(tmp_path):
         "def build(folder):\n (folder / 'a').write_text('half'); os._exit(9)\n"
         "cached_folder(sys.argv[1], 'thing', build)"
     )
-    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60).returncode == 9
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60, cwd=ROOT).returncode == 9
     assert list(tmp_path.glob("thing.tmp-*"))
     folder = cached_folder(tmp_path, "thing", Builder())
     assert (folder / "a").read_text() == "content"
@@ -83,7 +87,5 @@ def test_cache_dir_that_can_not_be_written_is_refused(tmp_path):
 
 
 def test_manifest_is_json_of_digests(tmp_path):
-    import hashlib
-
     folder = cached_folder(tmp_path, "thing", Builder())
     assert json.loads((folder / MANIFEST).read_text())["a"] == hashlib.sha256(b"content").hexdigest()

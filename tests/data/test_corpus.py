@@ -1,12 +1,15 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from v4train.data.corpus import load_data
+from v4train.data.corpus import load_corpus, load_data
 from v4train.data.sources import DataConfig, find_documents
 from v4train.data.tokenizer import TokenizerConfig
+
+ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import sys
@@ -49,8 +52,6 @@ def test_every_document_is_bos_its_text_eos(folder, tmp_path, vocab_size):
 def test_tokens_wider_than_16_bits(tmp_path, folder, monkeypatch):
     tokenizer, corpus = load(folder, tmp_path / "a")
     monkeypatch.setattr(tokenizer, "vocab_size", (1 << 16) + 1)
-    from v4train.data.corpus import load_corpus
-
     wide = load_corpus(find_documents(DataConfig("text", str(folder), 0.2)), tokenizer, tmp_path / "b")
     assert (corpus.train.tokens.itemsize, wide.train.tokens.itemsize) == (2, 4)
     np.testing.assert_array_equal(wide.train.tokens, corpus.train.tokens)
@@ -81,9 +82,11 @@ def test_a_torn_tokens_file_is_made_again(folder, tmp_path):
 
 def test_processes_that_build_at_once_get_the_same(folder, tmp_path):
     command = [sys.executable, "-c", PROGRAM, str(folder), str(tmp_path / "cache")]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=120) for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0], outputs
+    assert [process.returncode for process in running] == [0, 0], outputs
     assert len(set(outputs)) == 1 and outputs[0][1] == ""
     assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 2
     assert not list((tmp_path / "cache").glob("*.tmp-*"))

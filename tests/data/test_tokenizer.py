@@ -1,14 +1,18 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from v4train.data.sources import DataConfig, find_documents
 from v4train.data.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from v4train.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 TEXTS = [open(path, encoding="utf-8").read() for path in (np.__file__, pytest.__file__, __file__)]
 
@@ -93,9 +97,7 @@ def test_training_is_reproducible_and_saving_exact(tokenizer, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
-def test_another_tokenizer_is_refused(tmp_path):
-    import tokenizers
-
+def test_another_tokenizer_is_refused():
     with pytest.raises(ValueError, match="<bos>"):
         Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
 
@@ -106,15 +108,15 @@ def test_cache_holds_one_tokenizer_a_vocabulary_trained_on_the_training_side(tmp
         (tmp_path / "data" / f"{i}.txt").write_text(f"word{chr(97 + i) * 6} " * 20)
     documents = find_documents(DataConfig("text", str(tmp_path / "data"), 0.2))
     cache = str(tmp_path / "cache")
-    tokenizers = [load_tokenizer(TokenizerConfig(size, cache), documents) for size in (300, 300, 310)]
-    assert tokenizers[0].fingerprint == tokenizers[1].fingerprint != tokenizers[2].fingerprint
+    trained = [load_tokenizer(TokenizerConfig(size, cache), documents) for size in (300, 300, 310)]
+    assert trained[0].fingerprint == trained[1].fingerprint != trained[2].fingerprint
     assert len(list((tmp_path / "cache").glob("tokenizer-*/tokenizer.json"))) == 2
     alone = train_tokenizer([document.read() for document in documents.train], 300)
-    assert tokenizers[0].fingerprint == alone.fingerprint
+    assert trained[0].fingerprint == alone.fingerprint
 
 
 def test_nothing_is_said_when_a_process_forks_after_tokenising():
-    """tokenizers before 0.22 warned of TOKENIZERS_PARALLELISM here."""
+    """Older versions of tokenizers warned of TOKENIZERS_PARALLELISM here; 0.23 doesn't."""
     program = (
         "import os\nfrom v4train.data.tokenizer import train_tokenizer\n"
         "t = train_tokenizer(['some words %d' % i for i in range(2000)], 400)\n"
@@ -123,5 +125,7 @@ def test_nothing_is_said_when_a_process_forks_after_tokenising():
         "if pid == 0: t.encode_batch(['a b c'] * 2000); os._exit(0)\n"
         "assert os.waitpid(pid, 0)[1] == 0"
     )
-    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], timeout=60, cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -103,7 +103,12 @@ def optimizer_config(name: str) -> OptimizerConfig:
 
 
 def train_plainly(
-    name: str, grad_clip: float = 0.0, used_from: int = 0, skip: int | None = None, precision: str = "fp32"
+    name: str,
+    grad_clip: float = 0.0,
+    used_from: int = 0,
+    skip: int | None = None,
+    precision: str = "fp32",
+    stop: int = STEPS,
 ) -> dict:
     """The oracle: one process, plain PyTorch, the whole global batch at once.
 
@@ -116,7 +121,7 @@ def train_plainly(
     rest = [p for n, p in named.items() if n not in muon]
     adamw = torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=config.betas, eps=config.eps, weight_decay=0.1)
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(stop):
         tokens, targets, used = batch(step)
         halves = zip(tokens.chunk(2), targets.chunk(2), (used and used_from == 0, used), strict=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -142,9 +147,17 @@ def train_plainly(
     return {"losses": losses, "norms": norms, "weights": {n: p.detach() for n, p in named.items()}}
 
 
+# Each returns a handle whose `remove` ends it. Squares of the second overflow, its entries and Muon's update do not.
+INJECTIONS = {
+    "infinite_loss": lambda model: model.norm.register_forward_hook(lambda module, args, output: output * torch.inf),
+    "infinite_norm": lambda model: model.hidden.weight.register_hook(lambda gradient: gradient * 1e30),
+}
+
+
 def run_job(job: dict, topology: object) -> dict:
     """Train as the job says: stage, accumulation, optimizer; optional: precision, grad_clip, used_from, persistence,
-    start and stop (steps), load and save (files, the latter at step `save_at`), inject (a step whose loss is infinite).
+    start and stop (steps), load and save (files, the latter at step `save_at`), inject (a step with bad gradients),
+    injection (a key of INJECTIONS), rates (learning rates by group), misuse (make the calls that must fail).
     """
     from v4train.parallel import deepspeed_fixes
     from v4train.parallel.engine import Engine
@@ -179,7 +192,7 @@ def run_job(job: dict, topology: object) -> dict:
         inject = step == job.get("inject")
         if inject:
             result["before"] = dict(engine.named_state())
-            hook = model.norm.register_forward_hook(lambda module, args, output: output * torch.inf)
+            hook = INJECTIONS[job["injection"]](model)
         loss = 0.0
         tokens, targets, used = batch(step)
         for index in range(accumulation):
@@ -189,7 +202,7 @@ def run_job(job: dict, topology: object) -> dict:
             ]
             output = engine.forward_backward(*part, used and index >= job.get("used_from", 0))
             loss += output.loss.item() / accumulation
-        outcome = engine.step(LEARNING_RATE)
+        outcome = engine.step(LEARNING_RATE, job.get("rates"))
         if inject:
             hook.remove()
             result["after"] = dict(engine.named_state())
@@ -201,8 +214,27 @@ def run_job(job: dict, topology: object) -> dict:
     result["validation"] = validate(engine)
     result["state"] = dict(engine.named_state())
     result["muon_calls"] = len(calls)
+    if job.get("misuse"):
+        result["errors"] = misuse(engine, part)
     deepspeed_fixes.muon_update = original
     return result
+
+
+def misuse(engine: object, micro_batch: list[Tensor]) -> list[str]:
+    """The messages of calls in the wrong order, for a group and with a state that do not exist."""
+    errors = []
+    calls = (
+        lambda: engine.step(LEARNING_RATE),
+        lambda: [engine.forward_backward(*micro_batch) for _ in range(9)],
+        lambda: engine.step(LEARNING_RATE, {"nonsense": 1.0}),
+        lambda: engine.load_named_state(lambda name: {"weight": torch.zeros(VOCABULARY, WIDTH)}),
+    )
+    for call in calls:
+        try:
+            call()
+        except (RuntimeError, ValueError) as error:
+            errors.append(str(error))
+    return errors
 
 
 def validate(engine: object) -> float:

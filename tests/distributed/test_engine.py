@@ -1,20 +1,28 @@
-"""The engine in every ZeRO stage against a plain PyTorch loop, its state to the last bit, and its refusals.
+"""The engine in every ZeRO stage against a plain PyTorch loop, its state to the last bit, and layouts and refusals.
 
 One launch runs many jobs, since starting the processes is most of the time.
 """
 
 import json
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from tests.distributed.engine_worker import STEPS, train_plainly
-from tests.distributed.launch import launch
+from tests.distributed.engine_worker import INJECTIONS, STEPS, make_model, train_plainly
+from tests.distributed.launch import ROOT, launch
+from v4train.errors import ConfigError
+from v4train.parallel.deepspeed_config import deepspeed_config
+from v4train.parallel.topology import ParallelismConfig, first_node, make_topology, read_ranks, rendezvous
 
 pytestmark = pytest.mark.distributed
 
+PRESETS = ROOT / "conf" / "parallelism"
 STAGES = (0, 1, 2, 3)
 SAVE_AT = 3
 CLIP = 0.05  # the AdamW part of the gradient has a norm of 0.1 to 0.2
@@ -38,11 +46,13 @@ def train_jobs(world: int, folder: Path) -> dict[str, dict]:
         save = {"save_at": SAVE_AT, "save": str(folder / f"{key('train', stage, steps, name)}.pt")}
         jobs[key("train", stage, steps, name)] = job | save
         if steps == 1 and world > 1:
-            jobs[key("inject", stage, steps, name)] = job | {"inject": 2}
+            for injection in INJECTIONS:
+                jobs[key(injection, stage, steps, name)] = job | {"inject": 2, "injection": injection, "stop": 4}
+            jobs[key("frozen", stage, steps, name)] = job | {"rates": {f"{name}_indexer": 0.0}, "stop": 1}
         if steps == 1 and stage == 3:
             jobs[key("persistent", stage, steps, name)] = job | {"persistence": 100_000}
     for stage, name in EACH_STAGE if world > 1 else ():  # last: DeepSpeed keeps autocast in a global
-        job = {"stage": stage, "accumulation": 2, "optimizer": name, "precision": "bf16"}
+        job = {"stage": stage, "accumulation": 2, "optimizer": name, "precision": "bf16", "stop": 4}
         jobs[key("bf16", stage, 2, name)] = job
     return jobs
 
@@ -155,14 +165,24 @@ def test_state_moves_between_layouts_bitwise(run, world, stage, name):
 
 @pytest.mark.parametrize("world", WORLDS[1:])
 @pytest.mark.parametrize("stage, name", EACH_STAGE)
-def test_infinite_gradients_change_nothing(run, world, stage, name):
-    expected = oracle(name, CLIP, 0, skip=2)
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_infinite_gradients_change_nothing(run, world, stage, name, injection):
+    expected = oracle(name, CLIP, 0, skip=2, stop=4)
     for rank in run("train", world):
-        result = rank[key("inject", stage, 1, name)]
-        assert result["finite"] == [step != 2 for step in range(STEPS)]
+        result = rank[key(injection, stage, 1, name)]
+        assert result["finite"] == [True, True, False, True]
         assert_same_state(result["after"], result["before"])
         for parameter, weight in expected["weights"].items():
             torch.testing.assert_close(result["state"][parameter]["weight"], weight, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("stage, name", EACH_STAGE)
+def test_a_group_with_learning_rate_zero_is_frozen(run, world, stage, name):
+    state = run("train", world)[-1][key("frozen", stage, 1, name)]["state"]
+    before = make_model().state_dict()
+    assert torch.equal(state["indexer.weight"]["weight"], before["indexer.weight"])
+    assert not torch.equal(state["fused.weight"]["weight"], before["fused.weight"])
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
@@ -171,7 +191,7 @@ def test_bf16_sums_gradients_in_float32(run, world, name):
     """Stage 0 reduces in float32 by construction; gradients reduced in bfloat16 elsewhere would differ by 1e-3."""
     results = [run("train", world)[0][key("bf16", stage, 2, name)] for stage in STAGES]
     for result in results:
-        assert result["losses"] == pytest.approx(oracle(name, precision="bf16")["losses"], abs=5e-3, rel=0)
+        assert result["losses"] == pytest.approx(oracle(name, precision="bf16", stop=4)["losses"], abs=5e-3, rel=0)
         assert result["norms"][0] == pytest.approx(results[0]["norms"][0], rel=1e-6)
         assert result["losses"] == pytest.approx(results[0]["losses"], abs=1e-3, rel=0)
     assert results[0]["losses"][0] != oracle(name)["losses"][0]  # autocast was on
@@ -191,3 +211,120 @@ def test_muon_runs_once_a_step_and_is_spread_over_ranks(run, world):
 def test_counts(run):
     counts = run("train", 1)[0][key("train", 3, 1, "muon")]["counts"]
     assert counts == {"muon": 3 * 10 * 16 + 24 * 16 + 16 * 16 + 16 * 16 + 7 * 16, "adamw": 29 * (16 + 7) + 12 * 16 + 40}
+
+
+def plain_python(folder: Path, jobs: list[dict]) -> tuple[list[dict], str]:
+    """Run jobs under plain `python`, as a world of one; (results, everything it printed)."""
+    foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+    environment = {name: value for name, value in os.environ.items() if name not in foreign}
+    command = [sys.executable, "-m", "tests.distributed.engine_worker"]
+    command += [json.dumps({"folder": str(folder), "jobs": jobs})]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return torch.load(folder / "rank_0.pt", weights_only=True), done.stdout + done.stderr
+
+
+def test_plain_python_is_a_quiet_world_of_one(tmp_path):
+    job = {"stage": 3, "accumulation": 1, "optimizer": "muon", "grad_clip": CLIP, "misuse": True}
+    (result,), printed = plain_python(tmp_path, [job])
+    assert result["losses"] == pytest.approx(oracle("muon", CLIP, 0)["losses"], abs=1e-4, rel=0)
+    assert printed == ""
+    assert result["errors"] == [
+        "micro-batches of this step are missing: call forward_backward() first",
+        "all micro-batches of this step are done: call step() first",
+        "no parameter group ['nonsense']; there are ['adamw', 'muon', 'muon_rows_4_4_16', 'muon_indexer']",
+        "state of embed.weight does not fit: expected {'exp_avg': [29, 16], 'exp_avg_sq': [29, 16], 'step': [], "
+        "'weight': [29, 16]}, found {'weight': [29, 16]}",
+    ]
+
+
+def layout(preset: str = "auto", **overrides) -> ParallelismConfig:
+    return ParallelismConfig(**(OmegaConf.to_container(OmegaConf.load(PRESETS / f"{preset}.yaml")) | overrides))
+
+
+@pytest.mark.parametrize(
+    "preset, stage, sizes", [("auto", 1, 4), ("zero0", 0, 4), ("zero1", 1, 4), ("zero2", 2, 4), ("zero3", 3, 4)]
+)
+def test_presets_take_the_whole_world(preset, stage, sizes):
+    config = layout(preset)
+    assert config.zero_stage == stage
+    environ = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    topology = make_topology(config, environ=environ)
+    assert (topology.rank, topology.world_size, topology.local_rank) == (3, 4, 1)
+    assert (topology.data_rank, topology.data_size, topology.device) == (3, sizes, torch.device("cpu"))
+    assert make_topology(config, "cuda", environ).device == torch.device("cuda", 1)
+
+
+def test_single_is_one_process():
+    assert make_topology(layout("single"), environ={}).data_size == 1
+    assert layout("single").zero_stage == 0
+    with pytest.raises(ConfigError, match=r"parallelism.data=1: .*multiply to the 2 processes.*parallelism.data=2"):
+        make_topology(layout("single"), environ={"RANK": "0", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"expert": 2}, r"parallelism.expert=2: .*not available yet; set parallelism.expert=1"),
+        ({"tensor": 2}, r"parallelism.tensor=2: "),
+        ({"pipeline": 2}, r"parallelism.pipeline=2: "),
+        ({"context": 4}, r"parallelism.context=4: "),
+        ({"zero_stage": 4}, r"parallelism.zero_stage=4: ZeRO has stages 0 to 3"),
+        ({"data": 3}, r"data 3 x expert 1 .* multiply to the 1 process started; set parallelism.data=1"),
+        ({"data": 0}, r"parallelism.data=0: "),
+        ({"deepspeed": {"gradient_clipping": 1.0}}, r"parallelism.deepspeed.gradient_clipping=1.0: .*train.grad_clip"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, r"deepspeed.zero_optimization.stage=2: .*zero_stage"),
+    ],
+)
+def test_impossible_layouts_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        make_topology(layout(**overrides), environ={})
+
+
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOB_NODELIST": "gpu[003-004,9],cpu1",
+}
+
+
+def test_ranks_under_slurm():
+    assert read_ranks(SLURM) == (5, 8, 1)
+    assert read_ranks(SLURM | {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}) == (2, 4, 0)  # torchrun inside srun
+    batch_script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
+    assert read_ranks(batch_script) == (0, 1, 0)
+    ranks = [make_topology(layout(), environ=SLURM | {"SLURM_PROCID": str(rank)}) for rank in range(8)]
+    places = {rendezvous(topology, SLURM) for topology in ranks}
+    assert len(places) == 1
+    address, port = places.pop()
+    assert address == "gpu003" and 20000 <= port < 40000
+    assert rendezvous(ranks[0], SLURM | {"MASTER_ADDR": "here", "MASTER_PORT": "1234"}) == ("here", 1234)
+
+
+@pytest.mark.parametrize(
+    "nodes, first", [("gpu[003-004,9],cpu1", "gpu003"), ("node7", "node7"), ("a-1,b-2", "a-1"), ("n[5,7-9]", "n5")]
+)
+def test_first_node(nodes, first):
+    assert first_node(nodes) == first
+
+
+def test_a_world_without_an_address_is_refused():
+    topology = make_topology(layout(), environ={"RANK": "0", "WORLD_SIZE": "2"})
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2: needs MASTER_ADDR"):
+        rendezvous(topology, {"RANK": "0", "WORLD_SIZE": "2"})
+
+
+def test_deepspeed_json():
+    extra = {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
+    settings = {"data_size": 4, "micro_batch_size": 2, "accumulation_steps": 3, "use_muon": True}
+    config = deepspeed_config(extra, zero_stage=3, precision="bf16", **settings)
+    assert config["zero_optimization"] == {"reduce_bucket_size": 1000, "stage": 3, "reduce_scatter": False}
+    assert (config["train_batch_size"], config["gradient_clipping"], config["wall_clock_breakdown"]) == (24, 0.0, True)
+    assert config["torch_autocast"]["lower_precision_safe_modules"] == []
+    assert "torch_autocast" not in deepspeed_config(extra, zero_stage=1, precision="fp32", **settings)
+    assert extra == {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
+    with pytest.raises(ConfigError, match="precision=fp16"):
+        deepspeed_config(extra, zero_stage=1, precision="fp16", **settings)

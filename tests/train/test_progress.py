@@ -116,7 +116,7 @@ def test_a_terminal_gets_a_bar_and_the_log_file_stays_plain(tmp_path):
     text = shown.decode()
     assert program.wait() == 0, text
     assert "━" in text and "\x1b[" in text and "step 20/20" in text and "loss 0.4000" in text
-    assert "small [2 layers]" in text and "validation [bold] loss 3.2" in text and "error: finished" in text
+    assert text.count("small [2 layers]") == 1 and "validation [bold] loss 3.2" in text and "error: finished" in text
     assert "ETA 0:00\r\nstep" not in text  # the plain lines are not repeated on the terminal
     logged = (tmp_path / "log.txt").read_text()
     assert "\x1b" not in logged and "━" not in logged

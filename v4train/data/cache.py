@@ -59,17 +59,18 @@ def _acquire(root: Path, name: str) -> FileLock:
             logger.info("waiting for another process that is making %s", root / name)
             lock.acquire()
             logger.info("%s was made in %.1f s", root / name, time.monotonic() - started)
-        probe = root / f"{name}.tmp-{uuid.uuid4().hex}"
-        probe.mkdir()
-        probe.rmdir()
     except OSError as error:
-        raise ConfigError(
-            "tokenizer.cache_dir",
-            root,
-            f"tokenizer and tokens can't be kept there ({error.strerror or error})",
-            "name a folder that can be written: tokenizer.cache_dir=<folder>",
-        ) from error
+        raise _not_writable(root, error) from error
     return lock
+
+
+def _not_writable(root: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        "tokenizer.cache_dir",
+        root,
+        f"tokenizer and tokens can't be kept there ({error.strerror or error})",
+        "name a folder that can be written: tokenizer.cache_dir=<folder>",
+    )
 
 
 def _build(root: Path, name: str, build: Callable[[Path], None]) -> None:
@@ -78,7 +79,10 @@ def _build(root: Path, name: str, build: Callable[[Path], None]) -> None:
     for stale in root.glob(f"{name}.tmp-*"):
         shutil.rmtree(stale, ignore_errors=True)
     temporary = root / f"{name}.tmp-{uuid.uuid4().hex}"
-    temporary.mkdir()
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise _not_writable(root, error) from error
     try:
         build(temporary)
         manifest = {file.name: _sha256(file, durable=True) for file in sorted(temporary.iterdir())}

@@ -58,7 +58,7 @@ def loss_plot(
 
 
 def smooth(values: np.ndarray, time_constant: float) -> np.ndarray:
-    """Centred exponential mean of values [n]: y_t = sum_i d^|t-i| x_i / sum_i d^|t-i|; unlike a running mean it has no lag.
+    """Centred exponential mean y_t = sum_i d^|t-i| x_i / sum_i d^|t-i|, which has no lag, unlike a running mean.
 
     Args:
         values: [n], float.

@@ -1,0 +1,62 @@
+"""Learning rates in closed form."""
+
+import math
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from v4train.errors import ConfigError
+from v4train.optim.schedules import ScheduleConfig, learning_rate
+
+CONF = Path(__file__).resolve().parents[2] / "conf" / "schedule"
+
+V4 = {"learning_rate": 2.7e-4, "final_ratio": 0.1, "warmup_steps": 20, "decay_fraction": 0.25}
+
+
+def schedule(**overrides):
+    """The shipped YAML with some values changed."""
+    return ScheduleConfig(**(OmegaConf.to_container(OmegaConf.load(CONF / "cosine.yaml")) | overrides))
+
+
+def test_the_three_parts_in_closed_form():
+    config = schedule(**V4)
+    rates = [learning_rate(step, 200, config) for step in range(200)]
+    assert rates[:20] == pytest.approx([2.7e-4 * (i + 1) / 20 for i in range(20)])
+    assert rates[20:150] == pytest.approx([2.7e-4] * 130)
+    expected = [2.7e-5 + (2.7e-4 - 2.7e-5) * (1 + math.cos(math.pi * i / 50)) / 2 for i in range(1, 51)]
+    assert rates[150:] == pytest.approx(expected)
+    assert rates[-1] == pytest.approx(2.7e-5)
+    assert learning_rate(1000, 200, config) == pytest.approx(2.7e-5)
+
+
+def test_linear_decay():
+    config = schedule(**V4, kind="linear")
+    assert learning_rate(174, 200, config) == pytest.approx((2.7e-4 + 2.7e-5) / 2)
+    assert learning_rate(199, 200, config) == pytest.approx(2.7e-5)
+
+
+def test_warmup_as_a_share_of_the_run():
+    config = schedule(**V4 | {"warmup_steps": None}, warmup_fraction=0.1)
+    assert learning_rate(9, 200, config) == pytest.approx(2.7e-4 / 2)
+    assert learning_rate(19, 200, config) == pytest.approx(2.7e-4)
+
+
+def test_without_warmup_and_decay():
+    config = schedule(learning_rate=1.0, warmup_steps=0, decay_fraction=0.0)
+    assert [learning_rate(step, 5, config) for step in range(7)] == [1.0] * 7
+
+
+def test_short_runs_multiply_both_factors():
+    config = schedule(learning_rate=1.0, final_ratio=0.0, warmup_steps=4, decay_fraction=1.0, kind="linear")
+    assert [learning_rate(step, 2, config) for step in range(2)] == pytest.approx([0.25 * 0.5, 0.0])
+    assert learning_rate(0, 1, schedule(learning_rate=1.0)) == 1.0  # both shares round to no step at all
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"kind": "step"}, {"final_ratio": 1.5}, {"warmup_fraction": -0.1}, {"decay_fraction": 30}, {"warmup_steps": -1}],
+)
+def test_bad_values_are_refused(override):
+    with pytest.raises(ConfigError, match=f"schedule.{next(iter(override))}="):
+        schedule(**override)

@@ -1,0 +1,1 @@
+"""Formulas about a model, from its configuration alone."""

@@ -1,0 +1,238 @@
+"""Load and check a run's configuration: Hydra overrides in, typed settings out.
+
+Everything here is arithmetic on values and a look at the file system: an impossible run ends in one `ConfigError`
+before a model, a process group or a file is made.
+"""
+
+import difflib
+import hashlib
+import importlib.resources
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from v4train.data import DataConfig, TokenizerConfig, check_data
+from v4train.errors import ConfigError
+from v4train.model import ModelConfig, model_config
+from v4train.optim.param_groups import OptimizerConfig
+from v4train.optim.schedules import ScheduleConfig
+from v4train.parallel.topology import ParallelismConfig, Topology, make_topology
+from v4train.structured import structured
+from v4train.train.checkpoint import CheckpointConfig
+from v4train.train.tracking import TrackingConfig
+
+# Overrides that say how or where to run, not what: they stay out of a run's default name.
+UNNAMED = re.compile(r"^[+~]*(model=|run\.|checkpoint|tracking|device=|hydra|tokenizer\.cache_dir|train\.stop_at_step)")
+NAME_LENGTH = 120  # longer default names are cut and end in a hash
+PRECISIONS = ("fp32", "bf16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass
+class RunConfig:
+    """Values and their meaning: conf/pretrain.yaml."""
+
+    name: str
+    dir: str
+    overwrite: bool
+
+
+@dataclass
+class TrainConfig:
+    """Values and their meaning: conf/pretrain.yaml. Batch sizes count sequences."""
+
+    max_steps: int | None
+    max_tokens: int | None
+    stop_at_step: int | None
+    global_batch_size: int
+    micro_batch_size: int
+    sequence_length: int
+    grad_clip: float
+    log_every: int
+    validate_every: int
+    validation_tokens: int
+    sample_prompt: str
+    sample_tokens: int
+    sample_temperature: float
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run in optimizer steps: the lesser of max_steps and max_tokens."""
+        limits = [] if self.max_steps is None else [self.max_steps]
+        if self.max_tokens is not None:
+            limits.append(-(-self.max_tokens // self.tokens_per_step))
+        return min(limits)
+
+
+@dataclass
+class Settings:
+    """A whole run, typed and checked. `resolved` is the same as plain values, for files and trackers."""
+
+    seed: int
+    precision: str
+    run: RunConfig
+    train: TrainConfig
+    model: ModelConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    parallelism: ParallelismConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+    topology: Topology
+    resolved: dict[str, Any]
+
+
+def config_dir() -> Path:
+    """Folder of the YAML files, inside the installed package."""
+    return Path(str(importlib.resources.files("v4train") / "conf"))
+
+
+def load(overrides: list[str]) -> DictConfig:
+    """The configuration that `launch/pretrain.py` would run with these overrides, complete and checked.
+
+    Raises:
+        ConfigError: an unknown key or option, a value of the wrong type, or a rule broken.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            config = compose("pretrain", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+    complete(config, overrides)
+    settings(config)
+    return config
+
+
+def complete(config: DictConfig, overrides: list[str]) -> None:
+    """Fill in what depends on the command line: the run's default name."""
+    if config.run.name is None:
+        config.run.name = default_run_name(str(config.model.name), overrides)
+
+
+def default_run_name(model: str, overrides: list[str]) -> str:
+    """Name from the model and the overrides, never the clock, so that the same command continues the same run."""
+    named = sorted(override for override in overrides if not UNNAMED.match(override))
+    name = re.sub(r"[^\w.=+-]+", "-", "_".join([model, *named])).strip("-")
+    if len(name) > NAME_LENGTH:
+        name = f"{name[: NAME_LENGTH - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def settings(config: DictConfig) -> Settings:
+    """Typed settings of a composed configuration. Raises ConfigError on the first rule broken."""
+    resolved = _resolve(config)
+    seed, precision, device = (resolved[key] for key in ("seed", "precision", "device"))
+    if not isinstance(seed, int) or seed < 0:
+        raise ConfigError("seed", seed, "it must be a whole number of at least 0", "use seed=1")
+    if precision not in PRECISIONS:
+        raise ConfigError("precision", precision, "unknown precision", f"use one of {', '.join(PRECISIONS)}")
+    parallelism = structured(ParallelismConfig, resolved["parallelism"], "parallelism")
+    made = Settings(
+        seed=seed,
+        precision=precision,
+        run=structured(RunConfig, resolved["run"], "run"),
+        train=structured(TrainConfig, resolved["train"], "train"),
+        model=model_config(OmegaConf.create(resolved["model"])),
+        data=structured(DataConfig, resolved["data"], "data"),
+        tokenizer=structured(TokenizerConfig, resolved["tokenizer"], "tokenizer"),
+        optimizer=structured(OptimizerConfig, resolved["optimizer"], "optimizer"),
+        schedule=structured(ScheduleConfig, resolved["schedule"], "schedule"),
+        parallelism=parallelism,
+        checkpoint=structured(CheckpointConfig, resolved["checkpoint"], "checkpoint"),
+        tracking=structured(TrackingConfig, resolved["tracking"], "tracking"),
+        topology=make_topology(parallelism, _device(device)),
+        resolved=resolved,
+    )
+    _check_train(made.train, made.topology.data_size)
+    if made.tokenizer.vocab_size > made.model.vocab_size:
+        rule = f"the model embeds only model.vocab_size={made.model.vocab_size} entries"
+        raise ConfigError("tokenizer.vocab_size", made.tokenizer.vocab_size, rule, "make it at most as large")
+    check_data(made.data)
+    return made
+
+
+def _resolve(config: DictConfig) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        rule = str(error.msg or error).splitlines()[0]
+        raise ConfigError(error.full_key or "config", "?", rule, "set it on the command line") from error
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device not in DEVICES:
+        raise ConfigError("device", device, "unknown device", f"use one of {', '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", device, "PyTorch sees no CUDA device here", "use device=cpu or device=auto")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _check_train(train: TrainConfig, data_size: int) -> None:
+    def refuse(key: str, rule: str, remedy: str) -> None:
+        raise ConfigError(f"train.{key}", getattr(train, key), rule, remedy)
+
+    for key in ("micro_batch_size", "global_batch_size", "sequence_length", "log_every"):
+        if getattr(train, key) < 1:
+            refuse(key, "it must be at least 1", "choose a positive number")
+    for key in ("validate_every", "validation_tokens", "grad_clip", "sample_tokens", "sample_temperature"):
+        if getattr(train, key) < 0:
+            refuse(key, "it can't be negative", "use 0 to switch it off")
+    for key in ("max_steps", "max_tokens", "stop_at_step"):
+        if getattr(train, key) is not None and getattr(train, key) < 1:
+            refuse(key, "it must be at least 1", "choose a positive number, or null for no such limit")
+    if train.max_steps is None and train.max_tokens is None:
+        refuse("max_steps", "nothing says how long to train", "set train.max_steps or train.max_tokens")
+    rows = train.micro_batch_size * data_size
+    if train.global_batch_size % rows:
+        rule = f"it must be a multiple of train.micro_batch_size={train.micro_batch_size} x {data_size} data ranks"
+        refuse("global_batch_size", rule, f"for example {max(1, round(train.global_batch_size / rows)) * rows}")
+
+
+def explain(error: Exception) -> ConfigError:
+    """What Hydra or OmegaConf complain of while composing, as one line with the nearest name that exists."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = [name for name in error.options or [] if not name.startswith("_")]
+        return ConfigError(group, option, "there is no such option", f"choose one of {', '.join(options)}")
+    if isinstance(error, OverrideParseException):
+        return ConfigError("override", error.override, "Hydra can't read it", "write key=value, quoted for the shell")
+    match = re.search(r"Could not override '([^']+)'", text)
+    if isinstance(error, ConfigCompositionException) and match:
+        key = match.group(1).partition("@")[0]
+        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
+        return ConfigError(key, "?", "unknown key", f"did you mean {near[0]}?" if near else "conf/ shows all keys")
+    return ConfigError("config", "?", text, "conf/ shows all keys")
+
+
+def _known_keys() -> list[str]:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = OmegaConf.to_container(compose("pretrain"), resolve=False)
+
+    def walk(values: dict, prefix: str) -> list[str]:
+        keys = []
+        for key, value in values.items():
+            keys.append(f"{prefix}{key}")
+            keys += walk(value, f"{prefix}{key}.") if isinstance(value, dict) else []
+        return keys
+
+    return walk(config, "")

@@ -1,0 +1,196 @@
+"""From settings to a finished run: what `launch/pretrain.py` calls on every rank."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from v4train.analysis.parameters import parameter_counts
+from v4train.config import Settings
+from v4train.data import load_data
+from v4train.errors import ConfigError
+from v4train.model import build_model
+from v4train.parallel.engine import Engine
+from v4train.parallel.topology import start_distributed, stop_distributed
+from v4train.train import checkpoint
+from v4train.train.metrics import read_metrics, write_summary
+from v4train.train.plots import loss_plot
+from v4train.train.progress import setup_logging, start_table
+from v4train.train.run_directory import RunDirectory
+from v4train.train.sample import generate
+from v4train.train.tracking import Tracker
+from v4train.train.trainer import Trainer
+
+logger = logging.getLogger("v4train")
+
+
+def pretrain(settings: Settings) -> dict[str, float]:
+    """Run `settings` on this rank, from where its checkpoints left it, to the end; returns the final figures.
+
+    Raises:
+        ConfigError: the run directory holds another experiment, or must not be touched.
+    """
+    started = time.perf_counter()
+    start_distributed(settings.topology)
+    try:
+        directory = RunDirectory(settings.run.dir)
+        start = _agree_on_start(directory, settings)
+        setup_logging(directory.path, settings.topology.rank)
+        reader = checkpoint.Reader(start) if start else None
+        if reader and reader.manifest["step"] >= settings.train.total_steps:
+            logger.info(
+                "run %s is finished at step %d: %s\nto start anew: run.overwrite=true, or another run.name=",
+                settings.run.name,
+                reader.manifest["step"],
+                directory.path,
+            )
+            return {}
+        trainer = _make_trainer(settings, directory, reader)
+        _show_start(trainer, start, time.perf_counter() - started)
+        trainer.fit()
+        return _finish(trainer)
+    finally:
+        stop_distributed()
+
+
+def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:
+    """Rank 0 looks at the run directory and prepares it; all ranks get its answer, or its error."""
+    answer: list[object] = [None]
+    if settings.topology.rank == 0:
+        try:
+            resume, overwrite = settings.checkpoint.resume, settings.run.overwrite
+            answer[0] = directory.find_start(resume, overwrite, settings.resolved)
+            directory.prepare(overwrite, settings.resolved)
+        except ConfigError as error:
+            answer[0] = error
+        except OSError as error:
+            rule = f"it can't be written ({error.strerror})"
+            answer[0] = ConfigError("run.dir", directory.path, rule, "name a folder that can")
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
+
+
+def _make_trainer(settings: Settings, directory: RunDirectory, reader: checkpoint.Reader | None) -> Trainer:
+    topology, train = settings.topology, settings.train
+    tokenizer, corpus = load_data(settings.data, settings.tokenizer)
+    with topology.device:
+        model = build_model(settings.model)
+    engine = Engine(
+        model,
+        settings.optimizer,
+        settings.parallelism,
+        topology,
+        micro_batch_size=train.micro_batch_size,
+        accumulation_steps=train.global_batch_size // (train.micro_batch_size * topology.data_size),
+        grad_clip=train.grad_clip,
+        precision=settings.precision,
+    )
+    if topology.rank == 0:
+        tokenizer.save(directory.tokenizer)
+    else:
+        settings.tracking.mode = "disabled"
+    run_id = reader.manifest["state"]["wandb_id"] if reader else None
+    tracker = Tracker(settings.tracking, directory.path, settings.run.name, settings.resolved, run_id)
+    peak = matmul_peak(topology.device, settings.precision) * topology.world_size
+    trainer = Trainer(settings, model, engine, corpus, tokenizer, directory, tracker, peak)
+    if reader:
+        trainer.restore(reader)
+    return trainer
+
+
+def matmul_peak(device: torch.device, precision: str) -> float:
+    """FLOP/s of a large matrix product here and now, the best of a few: what `mfu` is measured against."""
+    size = 1024 if device.type == "cpu" else 8192
+    matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _show_start(trainer: Trainer, start: Path | None, seconds: float) -> None:
+    if trainer.topology.rank != 0:
+        return
+    settings, train, topology = trainer.settings, trainer.train, trainer.topology
+    total, active = parameter_counts(settings.model)
+    sizes = {name: getattr(settings.parallelism, name) for name in ("expert", "tensor", "pipeline", "context")}
+    others = "".join(f" x {name} {size}" for name, size in sizes.items() if size > 1)
+    layout = f"data {topology.data_size}{others}, ZeRO {settings.parallelism.zero_stage}, {topology.device.type}"
+    split = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in trainer.engine.parameter_counts.items())
+    batch = f"{train.global_batch_size} x {train.sequence_length} tokens a step"
+    rows = [
+        ("model", f"{settings.model.name}: {' '.join(settings.model.layer_kinds)}"),
+        ("parameters", f"{total / 1e6:.2f} M, of which {active / 1e6:.2f} M active for a token"),
+        ("data", f"{trainer.corpus.source}, {trainer.corpus.train.num_tokens:,} training tokens"),
+        ("training", f"{train.total_steps} steps, {train.total_steps * train.tokens_per_step:,} tokens, {batch}"),
+        ("layout", f"{layout}, {settings.precision}"),
+        ("optimizer", split),
+        ("tracking", trainer.tracker.location),
+        ("run directory", str(trainer.directory.path)),
+        ("start", f"{f'from {start}' if start else 'new run'}, after {seconds:.1f} s"),
+    ]
+    start_table(rows, f"v4train: {settings.run.name}")
+
+
+def _finish(trainer: Trainer) -> dict[str, float]:
+    """Sample, plot, summary and the closing lines, unless the run only paused; returns the final figures."""
+    if trainer.step < trainer.train.total_steps:
+        trainer.tracker.finish()
+        return trainer.validation
+    text = _sample(trainer)
+    summary = {
+        "run": trainer.settings.run.name,
+        "step": trainer.step,
+        "tokens": trainer.tokens,
+        **trainer.validation,
+    }
+    if trainer.topology.rank == 0:
+        directory = trainer.directory
+        entropy = trainer.validation["unigram_entropy"]
+        loss_plot(read_metrics(directory.metrics), directory.loss_plot, trainer.settings.run.name, entropy)
+        trainer.tracker.image("loss_plot", directory.loss_plot, trainer.step)
+        trainer.tracker.summary(summary)
+        write_summary(directory.summary, summary)
+        _show_end(trainer, text)
+    trainer.tracker.finish()
+    return trainer.validation
+
+
+def _sample(trainer: Trainer) -> str:
+    """Generated text; every rank takes part, since a forward may hold collectives."""
+    train = trainer.train
+    if not train.sample_tokens:
+        return ""
+    trainer.model.eval()
+
+    def logits_of(ids: torch.Tensor) -> torch.Tensor:
+        return trainer.engine.forward(ids.to(trainer.topology.device)).logits
+
+    prompt, length, temperature = train.sample_prompt, train.sample_tokens, train.sample_temperature
+    text = generate(logits_of, trainer.tokenizer, prompt, length, temperature, trainer.settings.seed)
+    if trainer.topology.rank == 0:
+        trainer.directory.samples.write_text(text + "\n", encoding="utf-8")
+        trainer.tracker.table("samples", ["prompt", "text"], [[prompt, text]], trainer.step)
+    return text
+
+
+def _show_end(trainer: Trainer, text: str) -> None:
+    figures = trainer.validation
+    if text:
+        logger.info("sample:\n%s", text)
+    logger.info("loss plot: %s", trainer.directory.loss_plot)
+    logger.info(
+        "final validation loss %.4f nats/token (%.4f bits/byte): %.4f below the unigram entropy %.4f of its tokens",
+        figures["val_loss"],
+        figures["val_bits_per_byte"],
+        figures["val_gain_over_unigram"],
+        figures["unigram_entropy"],
+    )

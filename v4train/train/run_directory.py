@@ -1,0 +1,81 @@
+"""The folder of a run: start, continue or refuse what is there (DESIGN 11). Rank 0 writes, the others wait.
+
+runs/<name>/  config.yaml  metrics.jsonl  summary.json  checkpoints/  wandb/  report/  samples.txt  log.txt
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from v4train.errors import ConfigError
+from v4train.train import checkpoint
+
+# Keys that a continued run must share with the run it continues: with others it would be another experiment.
+BOUND = ("model", "data", "seed", "tokenizer.vocab_size", "optimizer.name", "train.sequence_length")
+FREE = ("model.attention.query_chunk",)  # changes speed, not results
+
+logger = logging.getLogger("v4train")
+
+
+class RunDirectory:
+    """Paths of a run, and the checkpoint it starts from."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.summary = self.path / "summary.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples.txt"
+        self.tokenizer = self.path / "tokenizer.json"
+        self.loss_plot = self.path / "report" / "loss.png"
+
+    def find_start(self, resume: str, overwrite: bool, resolved: dict[str, Any]) -> Path | None:
+        """Checkpoint to start from, or None for a new run. Looks only; `prepare` writes.
+
+        Raises:
+            ConfigError: `never` or a checkpoint's path while the run exists, a folder that is no run's, or a
+                checkpoint of another model or other data (naming the key).
+        """
+        exists = self.path.exists() and any(self.path.iterdir())
+        if exists and not self.config.is_file():
+            rule = "the folder exists and holds no run"
+            raise ConfigError("run.dir", self.path, rule, "choose another run.name or run.dir")
+        if exists and not overwrite and resume != "auto":
+            rule = "a run of that name exists"
+            raise ConfigError("checkpoint.resume", resume, rule, "use run.overwrite=true or another run.name")
+        start = Path(resume) if resume not in ("auto", "never") else None
+        if exists and resume == "auto" and not overwrite:
+            start = checkpoint.newest(self.checkpoints)
+        if start is not None:
+            self._check_same(start, resolved)
+        return start
+
+    def prepare(self, overwrite: bool, resolved: dict[str, Any]) -> None:
+        """Make the folder, empty if `overwrite`, and write config.yaml. Rank 0 only, before the others read."""
+        if overwrite and self.config.is_file():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(resolved), self.config)
+
+    def _check_same(self, start: Path, resolved: dict[str, Any]) -> None:
+        saved = OmegaConf.create(checkpoint.read_manifest(start)["state"]["config"])
+        wanted = OmegaConf.create(resolved)
+        for key in BOUND:
+            then, now = _leaves(OmegaConf.select(saved, key), key), _leaves(OmegaConf.select(wanted, key), key)
+            for leaf in sorted(then.keys() | now.keys()):
+                if then.get(leaf) != now.get(leaf) and leaf not in FREE:
+                    rule = f"checkpoint {start} was made with {leaf}={then.get(leaf, 'absent')}"
+                    remedy = "use another run.name for another experiment, or run.overwrite=true to start anew"
+                    raise ConfigError(leaf, now.get(leaf, "absent"), rule, remedy)
+
+
+def _leaves(node: Any, prefix: str) -> dict[str, Any]:
+    """Plain values under a node by dotted key."""
+    values = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {key: leaf for name, value in values.items() for key, leaf in _leaves(value, f"{prefix}.{name}").items()}

@@ -1,0 +1,252 @@
+"""The training loop: next batch, step, log, validate, save (DESIGN, "How a run flows")."""
+
+import logging
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v4train.analysis.flops import training_flops_per_token
+from v4train.config import Settings
+from v4train.data import (
+    Batch,
+    Corpus,
+    Loader,
+    Tokenizer,
+    target_bytes,
+    target_counts,
+    unigram_entropy,
+    validation_batches,
+)
+from v4train.model import Transformer
+from v4train.model.moe.balance import max_violation
+from v4train.optim.schedules import learning_rate
+from v4train.parallel.engine import Engine
+from v4train.train import checkpoint
+from v4train.train.distributed import all_sum, all_sum_tensor
+from v4train.train.metrics import MetricsFile
+from v4train.train.progress import Progress
+from v4train.train.run_directory import RunDirectory
+from v4train.train.signals import StopRequest
+from v4train.train.tracking import Tracker
+
+logger = logging.getLogger("v4train")
+
+
+class Trainer:
+    """One run on one rank. Every rank calls the same methods in the same order; rank 0 writes.
+
+    Args:
+        peak_flops: FLOP/s that `mfu` is a share of, over all ranks.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: Transformer,
+        engine: Engine,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        directory: RunDirectory,
+        tracker: Tracker,
+        peak_flops: float,
+    ) -> None:
+        self.settings, self.train, self.topology = settings, settings.train, settings.topology
+        self.model, self.engine = model, engine
+        self.corpus, self.tokenizer = corpus, tokenizer
+        self.directory, self.tracker = directory, tracker
+        self.loader = Loader(
+            corpus,
+            self.train.sequence_length,
+            self.train.global_batch_size,
+            self.train.micro_batch_size,
+            self.topology.data_rank,
+            self.topology.data_size,
+            settings.seed,
+        )
+        self.accumulation = self.train.global_batch_size // (self.train.micro_batch_size * self.topology.data_size)
+        self.step = 0
+        self.interrupted = False
+        self.validation: dict[str, float] = {}
+        self.metrics = MetricsFile(directory.metrics) if self.topology.rank == 0 else None
+        self.flops_share = training_flops_per_token(settings.model, self.train.sequence_length) / peak_flops
+
+    @property
+    def last_step(self) -> int:
+        """Step at which this process ends: the run's length, or train.stop_at_step."""
+        return min(self.train.total_steps, self.train.stop_at_step or self.train.total_steps)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far, over all ranks."""
+        return self.loader.rows_consumed * self.train.sequence_length
+
+    def fit(self) -> None:
+        """Train to `last_step`, or to the step edge after a signal; then validate and save."""
+        validated = saved = None
+        with Progress(self.train.total_steps, self.step, self.topology.rank) as progress, StopRequest() as stop:
+            while self.step < self.last_step and not self.interrupted:
+                record = self.train_step(stop)
+                progress.update(self.step, record["loss"], record["tokens_per_second"], lr=record["lr"])
+                if self.step % self.train.log_every == 0:
+                    self.log(record)
+                if _due(self.step, self.train.validate_every):
+                    self.validate(progress)
+                    validated = self.step
+                if _due(self.step, self.settings.checkpoint.every):
+                    self.save()
+                    saved = self.step
+            if validated != self.step and not self.interrupted:
+                self.validate(progress)
+            if saved != self.step:
+                path = self.save()
+                progress.note(f"checkpoint {path}")
+            if self.interrupted:
+                progress.note(f"stopped by a signal after step {self.step}; the same command continues from there")
+
+    def train_step(self, stop: StopRequest) -> dict[str, Any]:
+        """One optimizer step on the global batch; returns what is logged of it."""
+        started = time.perf_counter()
+        self.model.train()
+        batches = [self._to_device(batch) for batch in self.loader.next_step()]
+        self._set_normalisation(batches)
+        losses: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            output = self.engine.forward_backward(batch.input_ids, batch.document_ids, batch.targets)
+            for name, value in {"loss": output.loss, **output.losses}.items():
+                losses[name] = losses.get(name, 0) + value.detach()
+        rate = learning_rate(self.step, self.train.total_steps, self.settings.schedule)
+        result = self.engine.step(rate)
+        violation = self._balance_routers()
+        self.step += 1
+        sums = all_sum({**losses, "stop": float(stop.requested)}, self.topology.device)
+        self.interrupted = sums.pop("stop") > 0
+        seconds = time.perf_counter() - started
+        parts = self.accumulation * self.topology.data_size
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            **{name: value / parts for name, value in sums.items()},
+            "lr": rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": self.train.tokens_per_step / seconds,
+            "mfu": self.train.tokens_per_step / seconds * self.flops_share,
+            "memory_gib": _peak_memory_gib(self.topology.device),
+            "max_violation": violation,
+            "phase": 0,
+            "attention_mode": self.model.attention_mode,
+            "sequence_length": self.train.sequence_length,
+            "global_batch_size": self.train.global_batch_size,
+            "data_tokens": self.loader.data_tokens,
+            "epoch": self.loader.epoch,
+            "step_seconds": seconds,
+        }
+
+    def validate(self, progress: Progress) -> None:
+        """Loss and bits per byte on held-out text, and the entropy of its tokens (a model without context)."""
+        self.model.eval()
+        self.model.losses.denominators = {"lm_loss": 1.0, "mtp_loss": 1.0}  # sums, divided below by global counts
+        counts = torch.zeros(self.settings.model.vocab_size, dtype=torch.long)
+        sums: dict[str, Any] = {"nats": 0.0, "bytes": 0.0}
+        for batch in validation_batches(
+            self.corpus,
+            self.train.sequence_length,
+            self.train.micro_batch_size,
+            self.train.validation_tokens,
+            self.topology.data_rank,
+            self.topology.data_size,
+        ):
+            counts += target_counts(batch.targets, len(counts))
+            sums["bytes"] += target_bytes(batch.targets, self.tokenizer.bytes_per_token)
+            batch = self._to_device(batch)
+            output = self.engine.forward(batch.input_ids, batch.document_ids, batch.targets)
+            sums["nats"] += output.losses["lm_loss"].double()
+        counts = all_sum_tensor(counts.to(self.topology.device)).cpu()
+        totals = all_sum(sums, self.topology.device)
+        loss, entropy = totals["nats"] / int(counts.sum()), unigram_entropy(counts)
+        self.validation = {
+            "val_loss": loss,
+            "val_bits_per_byte": totals["nats"] / math.log(2) / totals["bytes"],
+            "val_tokens": int(counts.sum()),
+            "unigram_entropy": entropy,
+            "val_gain_over_unigram": entropy - loss,
+        }
+        progress.note(
+            f"step {self.step}: validation loss {loss:.4f} nats/token, "
+            f"{self.validation['val_bits_per_byte']:.4f} bits/byte, "
+            f"{entropy - loss:.4f} below the unigram entropy {entropy:.4f}"
+        )
+        self.log({"step": self.step, "tokens": self.tokens, **self.validation})
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same to W&B."""
+        if self.metrics is not None:
+            self.metrics.write(record)
+            self.tracker.log(record, self.step)
+
+    def save(self) -> Path:
+        """Write a checkpoint of everything that the next step depends on (DESIGN 10)."""
+        state = {
+            "tokens": self.tokens,
+            "loader": self.loader.state_dict(),
+            "rng": torch.get_rng_state().numpy().tobytes().hex(),
+            "validation": self.validation,
+            "wandb_id": self.tracker.run_id,
+            "config": self.settings.resolved,
+        }
+        buffers = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers()}
+        keep = self.settings.checkpoint.keep
+        return checkpoint.save(self.directory.checkpoints, self.step, self.engine.named_state(), buffers, state, keep)
+
+    def restore(self, reader: checkpoint.Reader) -> None:
+        """Continue from a checkpoint: weights, optimizer, router biases, data position, RNG; cut the metrics file."""
+        self.engine.load_named_state(reader.parameter)
+        saved, own = reader.buffers(), dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name, buffer in own.items():
+                buffer.copy_(saved[name])
+        state = reader.manifest["state"]
+        self.step = reader.manifest["step"]
+        self.loader.load_state_dict(state["loader"])
+        self.validation = state["validation"]
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
+        if self.metrics is not None:
+            self.metrics.truncate_after(self.step)
+
+    def _set_normalisation(self, batches: list[Batch]) -> None:
+        """Make every loss a mean over the global batch (DESIGN 7): the engine averages over ranks and micro-batches."""
+        counts: dict[str, Any] = {}
+        for batch in batches:
+            for name, value in self.model.count(batch.input_ids, batch.document_ids, batch.targets).items():
+                counts[name] = counts.get(name, 0) + value
+        parts = self.accumulation * self.topology.data_size
+        totals = all_sum(counts, self.topology.device)
+        self.model.losses.denominators = {name: max(total, 1.0) / parts for name, total in totals.items()}
+        self.model.losses.scale = 1 / self.accumulation
+
+    def _balance_routers(self) -> float:
+        """Move each selection bias against the load of the global batch; the worst layer's max violation."""
+        routers = list(self.model.routers().values())
+        if not routers:
+            return 0.0
+        loads = all_sum_tensor(torch.stack([router.take_load() for router in routers]))
+        for router, load in zip(routers, loads, strict=True):
+            router.update_bias(load, self.settings.model.moe.bias_update_speed)
+        return max(float(max_violation(load)) for load in loads)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        device = self.topology.device
+        return Batch(batch.input_ids.to(device), batch.document_ids.to(device), batch.targets.to(device))
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
