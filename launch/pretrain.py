@@ -43,3 +43,5 @@ if __name__ == "__main__":
         run()
     except (HydraException, OmegaConfBaseException) as error:
         refuse(explain(error))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -52,7 +52,7 @@ class TrainConfig:
     max_tokens: int | None
     stop_at_step: int | None
     global_batch_size: int
-    micro_batch_size: int
+    micro_batch_size: int | None
     sequence_length: int
     grad_clip: float
     log_every: int
@@ -159,6 +159,8 @@ def settings(config: DictConfig) -> Settings:
         resolved=resolved,
     )
     _check_train(made.train, made.topology.data_size)
+    if made.train.micro_batch_size is None:
+        made.train.micro_batch_size = made.train.global_batch_size // made.topology.data_size
     if made.tokenizer.vocab_size > made.model.vocab_size:
         rule = f"the model embeds only model.vocab_size={made.model.vocab_size} entries"
         raise ConfigError("tokenizer.vocab_size", made.tokenizer.vocab_size, rule, "make it at most as large")
@@ -190,21 +192,22 @@ def _check_train(train: TrainConfig, data_size: int) -> None:
     def refuse(key: str, rule: str, remedy: str) -> None:
         raise ConfigError(f"train.{key}", getattr(train, key), rule, remedy)
 
-    for key in ("micro_batch_size", "global_batch_size", "sequence_length", "log_every"):
+    for key in ("global_batch_size", "sequence_length", "log_every"):
         if getattr(train, key) < 1:
             refuse(key, "it must be at least 1", "choose a positive number")
     for key in ("validate_every", "validation_tokens", "grad_clip", "sample_tokens", "sample_temperature"):
         if getattr(train, key) < 0:
             refuse(key, "it can't be negative", "use 0 to switch it off")
-    for key in ("max_steps", "max_tokens", "stop_at_step"):
+    for key in ("max_steps", "max_tokens", "stop_at_step", "micro_batch_size"):
         if getattr(train, key) is not None and getattr(train, key) < 1:
-            refuse(key, "it must be at least 1", "choose a positive number, or null for no such limit")
+            refuse(key, "it must be at least 1", "choose a positive number, or null")
     if train.max_steps is None and train.max_tokens is None:
         refuse("max_steps", "nothing says how long to train", "set train.max_steps or train.max_tokens")
-    rows = train.micro_batch_size * data_size
-    if train.global_batch_size % rows:
-        rule = f"it must be a multiple of train.micro_batch_size={train.micro_batch_size} x {data_size} data ranks"
-        refuse("global_batch_size", rule, f"for example {max(1, round(train.global_batch_size / rows)) * rows}")
+    micro = train.micro_batch_size or 1
+    if train.global_batch_size % (micro * data_size):
+        rule = f"it must be a multiple of train.micro_batch_size={micro} x {data_size} data ranks"
+        fitting = max(1, round(train.global_batch_size / (micro * data_size))) * micro * data_size
+        refuse("global_batch_size", rule, f"for example {fitting}")
 
 
 def explain(error: Exception) -> ConfigError:

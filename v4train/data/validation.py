@@ -9,7 +9,7 @@ from v4train.data.loader import Batch, stack_rows
 from v4train.data.packing import IGNORED_TARGET, PADDING_DOCUMENT, Row, Stream, permutation
 from v4train.data.tokenizer import Tokenizer
 
-_ORDER = 0  # key of the documents' fixed order
+_ORDER = 0  # key of the fixed order of documents, and of rows: a subset of rows draws on all documents
 
 
 def num_validation_rows(corpus: Corpus, sequence_length: int, max_tokens: int) -> int:
@@ -23,18 +23,19 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """This rank's validation batches, [batch_size, S] each.
 
-    The first `max_tokens` tokens (0: all) of the validation documents in a fixed order, in whole rows; the last row of
-    all is padded. Row i goes to rank i % data_world. Every rank gets the same number of batches of the same shape,
+    `max_tokens` tokens (0: all) of the validation documents, in whole rows drawn in a fixed order; the last row of the
+    documents is padded. Row i goes to rank i % data_world. Every rank gets the same number of batches of the same shape,
     since a forward may hold collectives (ZeRO-3, experts): where rows run out, padding rows (document -1, no target)
     fill up, so a rank's last batch may hold no target at all.
     """
     documents = corpus.validation
     stream = Stream(documents, permutation(documents.num_documents, _ORDER))
     rows = num_validation_rows(corpus, sequence_length, max_tokens)
+    order = permutation(num_validation_rows(corpus, sequence_length, 0), _ORDER)
     for first in range(data_rank, -(-rows // data_world) * data_world, batch_size * data_world):
         numbers = range(first, first + batch_size * data_world, data_world)
         yield stack_rows(
-            stream.row(number * sequence_length, sequence_length, Tokenizer.pad_id)
+            stream.row(int(order[number]) * sequence_length, sequence_length, Tokenizer.pad_id)
             if number < rows
             else padding_row(sequence_length)
             for number in numbers

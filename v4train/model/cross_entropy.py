@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from v4train.model.precision import full
@@ -19,15 +20,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, x.shape[0], rows):
             chunk, target = x[begin : begin + rows], targets[begin : begin + rows]
             logits = full(F.linear(chunk, weight))
-            normaliser = logits.logsumexp(-1)
-            valid = target != -100
-            index = target.clamp(min=0)[:, None]
-            total += (normaliser - logits.gather(-1, index)[:, 0])[valid].sum()
+            valid, index = target != -100, target.clamp(min=0)[:, None]
+            chosen = logits.gather(-1, index)[:, 0]
+            top = logits.amax(-1, keepdim=True)
+            weights = logits.sub_(top).exp_()
+            normaliser = weights.sum(-1)
+            total += (normaliser.log() + top[:, 0] - chosen)[valid].sum()
             if x_gradient is None and weight_gradient is None:
                 continue
-            gradient = (logits - normaliser[:, None]).exp_()
-            gradient.scatter_add_(-1, index, torch.full_like(gradient[:, :1], -1.0))
-            gradient = (gradient * valid[:, None]).to(chunk.dtype)
+            gradient = weights.mul_((valid / normaliser)[:, None])  # softmax, 0 where ignored
+            gradient.scatter_add_(-1, index, -valid[:, None].to(gradient.dtype))
+            gradient = gradient.to(chunk.dtype)
             if x_gradient is not None:
                 x_gradient[begin : begin + rows] = gradient @ weight
             if weight_gradient is not None:
@@ -36,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         x_gradient, weight_gradient = ctx.saved_tensors
         x_gradient = None if x_gradient is None else x_gradient * gradient.to(x_gradient.dtype)

@@ -9,6 +9,7 @@ the sub-layer's output back.
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from v4train.model.config import ModelConfig
@@ -16,18 +17,39 @@ from v4train.model.precision import full, full_precision
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
-    """Approximately doubly stochastic matrices from logits [C, C, ...]: (source, destination, any).
+    """Approximately doubly stochastic matrices from logits [C, C, ...]: (source, destination, any), same shape.
 
     The released code's order (V4.md trap 3): softmax over destinations, divide by the sums over sources, then
     `iterations - 1` times both. On B = transpose this is 20 x RowNorm(ColNorm(.)) of report eq. 8.
     The stream dimensions come first so that sums over them are vectorised over tokens.
     """
-    mixing = logits.softmax(dim=1) + eps
-    mixing = mixing / (mixing.sum(0, keepdim=True) + eps)
-    for _ in range(iterations - 1):
-        mixing = mixing / (mixing.sum(1, keepdim=True) + eps)
-        mixing = mixing / (mixing.sum(0, keepdim=True) + eps)
-    return mixing
+    return _Normalise.apply(logits.softmax(dim=1) + eps, iterations, eps)
+
+
+class _Normalise(torch.autograd.Function):
+    """The divisions of `sinkhorn`. Only their denominators are saved: backward multiplies its way to each iterate."""
+
+    @staticmethod
+    def forward(ctx, mixing: Tensor, iterations: int, eps: float) -> Tensor:
+        ctx.dims = [0, *[1, 0] * (iterations - 1)]
+        denominators = []
+        for dim in ctx.dims:
+            denominators.append(mixing.sum(dim, keepdim=True).add_(eps))
+            mixing = mixing / denominators[-1]
+        ctx.save_for_backward(mixing, *denominators)
+        return mixing
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        mixing, *denominators = ctx.saved_tensors
+        mixing, gradient, product = mixing.clone(), gradient.clone(), torch.empty_like(mixing)
+        for dim, denominator in zip(reversed(ctx.dims), reversed(denominators), strict=True):
+            # y = x / (sum x + eps): dx = (dy - sum(dy * y)) / (sum x + eps)
+            torch.mul(gradient, mixing, out=product)
+            gradient.sub_(product.sum(dim, keepdim=True)).div_(denominator)
+            mixing.mul_(denominator)
+        return gradient, None, None
 
 
 def stream_projection(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -70,7 +92,7 @@ class HyperConnection(nn.Module):
         self.gates = nn.Parameter(torch.empty(3))
 
     def forward(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Collapsed input [B, S, M], and (post [B, S, C] fp32, mixing [B, S, source, destination] fp32)."""
+        """Collapsed input [B, S, M], and (mixing [source, destination, B, S], post [destination, B, S]), fp32."""
         count, eps = self.options.num_streams, self.options.eps
         sizes = [count, count, count * count]
         projected = stream_projection(streams, self.projection, self.norm_eps)
@@ -79,20 +101,22 @@ class HyperConnection(nn.Module):
         pre, post, mixing = logits.split(sizes)
         pre, post = torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post)
         mixing = sinkhorn(mixing.unflatten(0, (count, count)), self.options.sinkhorn_iterations, eps)
-        return collapse(streams, pre), (post.movedim(0, -1), mixing.movedim((0, 1), (-2, -1)))
+        return collapse(streams, pre), (mixing, post)
 
     def merge(self, streams: Tensor, output: Tensor, coefficients: tuple[Tensor, Tensor]) -> Tensor:
         """new_k = sum_j mixing[j, k] x_j + post_k * output, in the streams' dtype."""
-        post, mixing = coefficients
+        mixing, post = coefficients
         with full_precision(streams.device.type):
-            mixed = torch.matmul(mixing.mT.to(streams.dtype), streams)
-            return mixed + post[..., None].to(streams.dtype) * output[:, :, None].to(streams.dtype)
+            # One product a token: the output is one more source. Contiguous, or bmm copies matrix by matrix.
+            weights = torch.cat([mixing, post[None]]).permute(2, 3, 1, 0).contiguous().to(streams.dtype)
+            sources = torch.cat([streams, output[:, :, None].to(streams.dtype)], dim=2)
+            return torch.matmul(weights, sources)
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
     """sum_i pre_i x_i: [B, S, C, M], [C, B, S] -> [B, S, M]."""
     with full_precision(streams.device.type):
-        return torch.matmul(pre.movedim(0, -1)[:, :, None].to(streams.dtype), streams)[:, :, 0]
+        return torch.matmul(pre.movedim(0, -1)[:, :, None].contiguous().to(streams.dtype), streams)[:, :, 0]
 
 
 class StreamCollapse(nn.Module):

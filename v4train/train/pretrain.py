@@ -27,32 +27,37 @@ logger = logging.getLogger("v4train")
 
 
 def pretrain(settings: Settings) -> dict[str, float]:
-    """Run `settings` on this rank, from where its checkpoints left it, to the end; returns the final figures.
+    """Join the process group, run, leave it: a whole program on this rank. See `run`."""
+    start_distributed(settings.topology)
+    try:
+        return run(settings)
+    finally:
+        stop_distributed()
+
+
+def run(settings: Settings) -> dict[str, float]:
+    """Train `settings` on this rank, from where its checkpoints left it, to the end; returns the final figures.
 
     Raises:
         ConfigError: the run directory holds another experiment, or must not be touched.
     """
     started = time.perf_counter()
-    start_distributed(settings.topology)
-    try:
-        directory = RunDirectory(settings.run.dir)
-        start = _agree_on_start(directory, settings)
-        setup_logging(directory.path, settings.topology.rank)
-        reader = checkpoint.Reader(start) if start else None
-        if reader and reader.manifest["step"] >= settings.train.total_steps:
-            logger.info(
-                "run %s is finished at step %d: %s\nto start anew: run.overwrite=true, or another run.name=",
-                settings.run.name,
-                reader.manifest["step"],
-                directory.path,
-            )
-            return {}
-        trainer = _make_trainer(settings, directory, reader)
-        _show_start(trainer, start, time.perf_counter() - started)
-        trainer.fit()
-        return _finish(trainer)
-    finally:
-        stop_distributed()
+    directory = RunDirectory(settings.run.dir)
+    start = _agree_on_start(directory, settings)
+    setup_logging(directory.path, settings.topology.rank)
+    reader = checkpoint.Reader(start) if start else None
+    if reader and reader.manifest["step"] >= settings.train.total_steps:
+        logger.info(
+            "run %s is finished at step %d: %s\nto start anew: run.overwrite=true, or another run.name=",
+            settings.run.name,
+            reader.manifest["step"],
+            directory.path,
+        )
+        return reader.manifest["state"]["validation"]
+    trainer = _make_trainer(settings, directory, reader)
+    _show_start(trainer, start, time.perf_counter() - started)
+    trainer.fit()
+    return _finish(trainer)
 
 
 def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:
@@ -99,6 +104,8 @@ def _make_trainer(settings: Settings, directory: RunDirectory, reader: checkpoin
     trainer = Trainer(settings, model, engine, corpus, tokenizer, directory, tracker, peak)
     if reader:
         trainer.restore(reader)
+    elif trainer.metrics is not None:
+        trainer.metrics.truncate_after(0)  # what a run killed before its first checkpoint left
     return trainer
 
 

@@ -50,6 +50,9 @@ class RunDirectory:
         start = Path(resume) if resume not in ("auto", "never") else None
         if exists and resume == "auto" and not overwrite:
             start = checkpoint.newest(self.checkpoints)
+            if start is None and any(self.checkpoints.glob("step_*")):
+                rule = f"no checkpoint under {self.checkpoints} is whole"
+                raise ConfigError("checkpoint.resume", resume, rule, "use run.overwrite=true to start anew")
         if start is not None:
             self._check_same(start, resolved)
         return start

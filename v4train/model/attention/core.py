@@ -1,7 +1,8 @@
 """The one softmax of V4 attention: window, compressed entries and sink together (V4 report eq. 18, section 2.3).
 
-Works query chunk by query chunk and recomputes each chunk in backward, so that memory is linear in the sequence:
-no [S, S] tensor exists. The indexer's scores and its KL loss live in the same chunks, for the same reason.
+Works query chunk by query chunk; backward computes each chunk's softmax again from the saved log-sum-exp. Memory is
+linear in the sequence: no [S, S] tensor exists. The indexer's scores and its KL loss live in the same chunks, for the
+same reason.
 
 Shapes: B batch, S sequence, Q queries of a chunk, H heads, D head width, N entries, I indexer heads, J their width.
 """
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from v4train.model.documents import Blocks
 from v4train.model.precision import full, full_precision
@@ -57,13 +58,13 @@ def indexer_kl(scores: Tensor, attended: Tensor, probabilities: Tensor) -> Tenso
     Args:
         scores: [B, Q, N] fp32, with gradient.
         attended: [B, Q, N] bool, the entries compared: all visible ones or the selected ones.
-        probabilities: [B, Q, H, N] of the main attention under its joint softmax (window and sink in the
-            denominator). Summed over heads and normalised over entries it is the teacher; no gradient flows to it.
+        probabilities: [B, Q, N] of the main attention under its joint softmax (window and sink in the
+            denominator), summed over heads. Normalised over entries they are the teacher; no gradient flows to it.
 
     Returns:
         Scalar. Queries with nothing attended count 0.
     """
-    teacher = full(probabilities.detach()).sum(2)
+    teacher = probabilities.detach()
     teacher = teacher / teacher.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     anything = attended.any(-1, keepdim=True)
     student = scores.masked_fill(~attended & anything, -torch.inf).log_softmax(-1).masked_fill(~attended, 0)
@@ -85,7 +86,7 @@ def attend(
 
     Args:
         query: [B, S, H, D] rotated; kv: [B, S, D] rotated, key and value in one, shared by all heads.
-        sink: [H] fp32 logits that join the denominator and carry no value.
+        sink: [H] logits that join the denominator and carry no value.
         starts: [B, S] first token of each token's document; nothing before it is seen.
         entries: [B, N, D] rotated compressed entries laid out by `blocks`.
         index: if given, restricts the entries to the indexer's choice and/or trains the indexer.
@@ -94,64 +95,140 @@ def attend(
     Returns:
         (output [B, S, H, D], sum over queries of the indexer's KL, fp32 scalar).
     """
-    length = query.shape[1]
-    outputs, kl = [], full(query.new_zeros(()))
-    for begin in range(0, length, chunk):
-        arguments = (query, kv, sink, starts, window, entries, blocks, index, begin, min(begin + chunk, length))
-        if torch.is_grad_enabled() and length > chunk:
-            output, chunk_kl = checkpoint(_attend_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            output, chunk_kl = _attend_chunk(*arguments)
-        outputs.append(output)
-        kl = kl + chunk_kl
-    return torch.cat(outputs, dim=1), kl
+    scored = (None, None, None) if index is None else (index.query, index.keys, index.head_weight)
+    with full_precision(query.device.type):
+        return _Attend.apply(query, kv, sink, entries, *scored, _Layout(starts, window, blocks, index, chunk))
 
 
-def _attend_chunk(
+@dataclass
+class _Layout:
+    """What is seen from where: everything about the attention that has no gradient."""
+
+    starts: Tensor
+    window: int
+    blocks: Blocks | None
+    index: IndexInputs | None
+    chunk: int
+
+    def chunks(self) -> list[tuple[int, int]]:
+        length = self.starts.shape[1]
+        return [(begin, min(begin + self.chunk, length)) for begin in range(0, length, self.chunk)]
+
+    def num_entries(self, stop: int) -> int:
+        """Entries closed before token `stop`, at most: the rest is invisible to the chunk that ends there."""
+        return 0 if self.blocks is None else stop // self.blocks.tokens.shape[-1]
+
+    def oldest(self, begin: int) -> int:
+        """First token that the window of query `begin` can reach."""
+        return max(begin - self.window + 1, 0)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, kv, sink, entries, index_query, index_keys, head_weight, layout: _Layout):
+        output = torch.empty_like(query)
+        normaliser = full(query.new_empty(query.shape[:-1]))  # log-sum-exp, sink included
+        kl = normaliser.new_zeros(())
+        scored = (index_query, index_keys, head_weight)
+        for begin, stop in layout.chunks():
+            keys, logits, attended, scores = _chunk_logits(query, kv, entries, scored, layout, begin, stop)
+            top = torch.maximum(logits.amax(-1), full(sink))
+            weights = logits.sub_(top[..., None]).exp_()
+            total = weights.sum(-1) + torch.exp(full(sink) - top)
+            normaliser[:, begin:stop] = top + total.log()
+            mixed = torch.bmm(weights.flatten(1, 2).to(keys.dtype), keys).view_as(query[:, begin:stop])
+            output[:, begin:stop] = full(mixed) / total[..., None]
+            if scores is not None and layout.index.with_loss:
+                entry_weights = weights[..., stop - layout.oldest(begin) :]
+                kl += indexer_kl(scores, attended, torch.einsum("bqhn,bqh->bqn", entry_weights, 1 / total))
+        ctx.save_for_backward(query, kv, sink, entries, *scored, output, normaliser)
+        ctx.layout = layout
+        return output, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, output_gradient, kl_gradient):
+        query, kv, sink, entries, *scored, output, normaliser = ctx.saved_tensors
+        layout, scale = ctx.layout, query.shape[-1] ** -0.5
+        inputs = (query, kv, sink, entries, *scored)
+        gradients = [None if tensor is None else torch.zeros_like(tensor) for tensor in inputs]
+        query_gradient, kv_gradient, sink_gradient, entry_gradient, *scored_gradients = gradients
+        learning = layout.index is not None and layout.index.with_loss
+        correction = (full(output) * full(output_gradient)).sum(-1)  # sum over keys of weight * its gradient
+        sink_gradient -= (torch.exp(full(sink) - normaliser) * correction).sum((0, 1)).to(sink.dtype)
+        for begin, stop in layout.chunks():
+            keys, logits, attended, _ = _chunk_logits(query, kv, entries, scored, layout, begin, stop)
+            weights = logits.sub_(normaliser[:, begin:stop, :, None]).exp_()
+            near = stop - layout.oldest(begin)  # window keys; compressed entries follow
+            if learning and attended is not None:
+                probabilities = weights[..., near:].sum(2)
+                _add_kl_gradients(scored, scored_gradients, attended, probabilities, kl_gradient, begin, stop)
+            chunk_gradient = output_gradient[:, begin:stop].flatten(1, 2)
+            chunk_query = (query[:, begin:stop] * scale).flatten(1, 2)
+            flat = weights.flatten(1, 2)
+            key_gradient = torch.bmm(flat.mT.to(keys.dtype), chunk_gradient)
+            change = full(torch.bmm(chunk_gradient, keys.mT))
+            change = change.sub_(correction[:, begin:stop].flatten(1, 2)[..., None]).mul_(flat).to(keys.dtype)
+            query_gradient[:, begin:stop] = torch.bmm(change, keys).view_as(query[:, begin:stop]) * scale
+            key_gradient = key_gradient.baddbmm_(change.mT, chunk_query)
+            kv_gradient[:, layout.oldest(begin) : stop] += key_gradient[:, :near]
+            if entry_gradient is not None:
+                entry_gradient[:, : layout.num_entries(stop)] += key_gradient[:, near:]
+        return query_gradient, kv_gradient, sink_gradient, entry_gradient, *scored_gradients, None
+
+
+def _chunk_logits(
     query: Tensor,
     kv: Tensor,
-    sink: Tensor,
-    starts: Tensor,
-    window: int,
     entries: Tensor | None,
-    blocks: Blocks | None,
-    index: IndexInputs | None,
+    scored: tuple[Tensor | None, ...],
+    layout: _Layout,
     begin: int,
     stop: int,
-) -> tuple[Tensor, Tensor]:
-    """`attend` for queries begin..stop-1."""
-    batch, _, heads, dim = query.shape
-    oldest = max(begin - window + 1, 0)
-    keys, seen = kv[:, oldest:stop], _window_mask(starts, window, oldest, begin, stop)
-    scores = None
-    if entries is not None and blocks is not None and entries.shape[1]:
-        attended = blocks.visible(begin, stop)
-        if index is not None:
-            scores = index_scores(index.query[:, begin:stop], index.keys, index.head_weight[:, begin:stop])
-            if index.select:
-                attended = select_top_k(scores.detach(), attended, index.top_k)
-        keys, seen = torch.cat([keys, entries], dim=1), torch.cat([seen, attended], dim=2)
-
-    chunk_query = query[:, begin:stop].reshape(batch, -1, dim) * dim**-0.5
-    logits = full(torch.bmm(chunk_query, keys.mT)).view(batch, stop - begin, heads, -1)
-    logits = logits.masked_fill(~seen[:, :, None], -torch.inf)
-    # softmax over [logits, sink] = softmax(logits) * sigmoid(logsumexp(logits) - sink); a query always sees itself.
-    keep = torch.sigmoid(logits.logsumexp(-1) - full(sink))
-    weights = logits.softmax(-1)
-    output = torch.bmm(weights.to(keys.dtype).flatten(1, 2), keys).view(batch, stop - begin, heads, dim)
-    output = (output * keep[..., None]).to(query.dtype)
-
-    kl = logits.new_zeros(())
-    if scores is not None and index.with_loss:
-        with torch.no_grad():
-            probabilities = weights[..., stop - oldest :] * keep[..., None]
-        kl = indexer_kl(scores, attended, probabilities)
-    return output, kl
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """For queries begin..stop-1: keys [B, K, D], logits [B, Q, H, K] (-inf where unseen), and of the entries among the
+    keys the attended ones [B, Q, n] and their index scores [B, Q, n], None where there are none."""
+    keys = kv[:, layout.oldest(begin) : stop]
+    seen = _window_mask(layout, begin, stop)
+    attended = scores = None
+    count = layout.num_entries(stop)
+    if count:
+        attended = layout.blocks.visible(begin, stop)[..., :count]
+        if layout.index is not None:
+            index_query, index_keys, head_weight = scored
+            scores = index_scores(index_query[:, begin:stop], index_keys[:, :count], head_weight[:, begin:stop])
+            if layout.index.select:
+                attended = select_top_k(scores, attended, layout.index.top_k)
+        keys, seen = torch.cat([keys, entries[:, :count]], dim=1), torch.cat([seen, attended], dim=2)
+    scaled = (query[:, begin:stop] * query.shape[-1] ** -0.5).flatten(1, 2)
+    logits = full(torch.bmm(scaled, keys.mT)).view(*query[:, begin:stop].shape[:-1], -1)
+    unseen = torch.zeros_like(seen, dtype=logits.dtype).masked_fill_(~seen, -torch.inf)
+    return keys, logits.add_(unseen[:, :, None]), attended, scores
 
 
-def _window_mask(starts: Tensor, window: int, oldest: int, begin: int, stop: int) -> Tensor:
-    """Which of the keys oldest..stop-1 the queries begin..stop-1 see: [B, Q, stop - oldest] bool."""
-    query = torch.arange(begin, stop, device=starts.device)[:, None]
-    key = torch.arange(oldest, stop, device=starts.device)
-    causal = (key <= query) & (key > query - window)
-    return causal & (key >= starts[:, begin:stop, None])
+def _add_kl_gradients(
+    scored: list[Tensor],
+    gradients: list[Tensor],
+    attended: Tensor,
+    probabilities: Tensor,
+    kl_gradient: Tensor,
+    begin: int,
+    stop: int,
+) -> None:
+    """Gradient of one chunk's KL with respect to the indexer's query, keys and head weights, by autograd."""
+    count = attended.shape[-1]
+    parts = (slice(begin, stop), slice(0, count), slice(begin, stop))
+    leaves = [tensor[:, part].detach().requires_grad_() for tensor, part in zip(scored, parts, strict=True)]
+    with torch.enable_grad():
+        kl = indexer_kl(index_scores(*leaves), attended, probabilities)
+    for total, part, gradient in zip(gradients, parts, torch.autograd.grad(kl, leaves, kl_gradient), strict=True):
+        total[:, part] += gradient
+
+
+def _window_mask(layout: _Layout, begin: int, stop: int) -> Tensor:
+    """Which of the tokens oldest..stop-1 the queries begin..stop-1 see: [B, Q, stop - oldest] bool."""
+    device = layout.starts.device
+    query = torch.arange(begin, stop, device=device)[:, None]
+    key = torch.arange(layout.oldest(begin), stop, device=device)
+    causal = (key <= query) & (key > query - layout.window)
+    return causal & (key >= layout.starts[:, begin:stop, None])

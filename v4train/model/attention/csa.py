@@ -1,5 +1,6 @@
 """`csa`: compressed sparse attention (V4 report section 2.3.1, eqs. 9-19)."""
 
+import torch
 from torch import Tensor
 
 from v4train.model.attention.compressor import Compressor
@@ -33,18 +34,17 @@ class CompressedSparseAttention(SharedKVAttention):
         blocks = compression_blocks(document_ids, self.ratio)
         entry_rotation = rotations(blocks.positions, options.rope_dim, self.rope)
         entries = rotate(self.compressor(x, blocks), entry_rotation)
-        training = self.training and self.mode != "dense"
+        learning = self.training and self.mode != "dense"
         index = None
-        if self.mode != "dense" and (training or self.mode == "sparse"):
+        if learning or self.mode == "sparse":
             # The indexer learns by its own loss alone, so nothing flows back from it (V4.md 2.3).
-            index_query, keys, weight = self.indexer(x.detach(), latent.detach(), blocks, rotation, entry_rotation)
-            index = IndexInputs(
-                index_query, keys, weight, options.indexer.top_k, select=self.mode == "sparse", with_loss=training
-            )
+            with torch.set_grad_enabled(learning and torch.is_grad_enabled()):
+                scored = self.indexer(x.detach(), latent.detach(), blocks, rotation, entry_rotation)
+            index = IndexInputs(*scored, options.indexer.top_k, select=self.mode == "sparse", with_loss=learning)
         output, kl = attend(
             query, kv, self.sink, starts, options.window, entries, blocks, index, chunk=options.query_chunk
         )
-        if training:
+        if learning:
             kl = self.losses.mean("indexer_kl", kl, (blocks.end > blocks.first).sum())
             output = self.losses.attach(output, "indexer_kl", kl, options.indexer.loss_weight * self.loss_share)
         return output

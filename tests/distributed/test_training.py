@@ -1,0 +1,107 @@
+"""A layout never changes the maths (DESIGN 7), and a run that was interrupted loses nothing (DESIGN 10)."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import launch
+from tests.runs import STEPS, checkpoint_digests, losses, tiny
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
+
+TOLERANCE = {"adamw": 1e-5, "muon": 1e-4}
+STAGES = (0, 1, 2, 3)
+OPTIMIZERS = ("adamw", "muon")
+FOUR = pytest.param(4, marks=pytest.mark.exhaustive)
+
+
+def train(base: Path, ranks: int, jobs: dict[str, list[str]]) -> None:
+    """Run all jobs (name -> further overrides) in one launch of `ranks` processes."""
+    folder = base / f"launch_{ranks}_{next(iter(jobs))}"
+    folder.mkdir(parents=True)
+    path = folder / "jobs.json"
+    path.write_text(json.dumps([tiny(base, name, *overrides) for name, overrides in jobs.items()]))
+    launch("tests.distributed.training_worker", ranks, [str(path), str(folder)], folder, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """Folder with one single-process run of each optimizer, ZeRO 0, the reference for all others."""
+    base = tmp_path_factory.mktemp("training")
+    train(base, 1, {f"reference_{name}": [f"optimizer={name}", "parallelism=zero0"] for name in OPTIMIZERS})
+    return base
+
+
+@pytest.fixture(scope="module", params=[1, 2, FOUR])
+def layouts(base, request) -> tuple[Path, int]:
+    """Every ZeRO stage and optimizer on so many ranks; the last of each with gradient accumulation."""
+    ranks = request.param
+    jobs = {}
+    for name in OPTIMIZERS:
+        for stage in STAGES:
+            accumulate = ["train.micro_batch_size=1"] if stage % 2 or ranks == 4 else []
+            jobs[f"ranks{ranks}_zero{stage}_{name}"] = [f"optimizer={name}", f"parallelism=zero{stage}", *accumulate]
+    train(base, ranks, jobs)
+    return base, ranks
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_losses_are_those_of_one_process(layouts, name, stage):
+    base, ranks = layouts
+    run = f"ranks{ranks}_zero{stage}_{name}"
+    for key in ("loss", "lm_loss", "mtp_loss", "balance_loss", "indexer_kl"):
+        expected, got = losses(base, f"reference_{name}", key), losses(base, run, key)
+        assert len(got) == STEPS
+        assert got == pytest.approx(expected, abs=TOLERANCE[name], rel=0), key
+    for key in ("grad_norm", "max_violation", "lr", "tokens"):
+        assert losses(base, run, key)[:2] == pytest.approx(losses(base, f"reference_{name}", key)[:2], rel=1e-4), key
+
+
+def test_the_reference_learns(base):
+    for name in OPTIMIZERS:
+        values = losses(base, f"reference_{name}")
+        assert values[-1] < values[0] - 0.05
+
+
+RESUMED = [
+    # ranks, stage, optimizer
+    (1, 1, "muon"),
+    (2, 3, "muon"),
+    (2, 2, "adamw"),
+    pytest.param(1, 0, "adamw", marks=pytest.mark.exhaustive),
+    pytest.param(1, 3, "muon", marks=pytest.mark.exhaustive),
+    pytest.param(2, 0, "muon", marks=pytest.mark.exhaustive),
+    pytest.param(2, 1, "muon", marks=pytest.mark.exhaustive),
+    pytest.param(2, 3, "adamw", marks=pytest.mark.exhaustive),
+    pytest.param(4, 1, "muon", marks=pytest.mark.exhaustive),
+]
+
+
+@pytest.mark.parametrize(("ranks", "stage", "name"), RESUMED)
+def test_a_run_stopped_and_continued_is_bitwise_the_same(base, ranks, stage, name):
+    run = f"{ranks}_{stage}_{name}"
+    common = [f"optimizer={name}", f"parallelism=zero{stage}", "precision=bf16" if stage == 2 else "precision=fp32"]
+    train(
+        base,
+        ranks,
+        {
+            f"whole_{run}": common,
+            f"halves_{run}": [*common, "train.stop_at_step=4"],
+        },
+    )
+    train(base, ranks, {f"halves_{run}": common})  # another process, the same name: continues
+    for key in ("loss", "grad_norm", "max_violation"):
+        assert losses(base, f"halves_{run}", key) == losses(base, f"whole_{run}", key)
+    assert checkpoint_digests(base, f"halves_{run}", STEPS) == checkpoint_digests(base, f"whole_{run}", STEPS)
+
+
+def test_a_run_continues_on_another_layout(base):
+    """Saved by 2 ranks with ZeRO 3, continued by 1 rank with ZeRO 1: as if nothing had happened."""
+    for name in OPTIMIZERS:
+        moved = [f"optimizer={name}"]
+        train(base, 2, {f"moved_{name}": [*moved, "parallelism=zero3", "train.stop_at_step=5"]})
+        train(base, 1, {f"moved_{name}": [*moved, "parallelism=zero1"]})
+        expected = losses(base, f"reference_{name}")
+        assert losses(base, f"moved_{name}") == pytest.approx(expected, abs=TOLERANCE[name], rel=0)

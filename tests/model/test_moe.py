@@ -1,0 +1,338 @@
+"""Experts, routers and balance against loops over tokens and experts."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.model.packings import batch_of
+from tests.models import random_model, random_tokens, tiny_config
+from v4train.model.linear import GroupedLinear, StackedLinear
+from v4train.model.losses import Losses
+from v4train.model.moe.balance import max_violation, sequence_balance_loss
+from v4train.model.moe.experts import Experts, SharedExpert, clamped_swiglu, grouped_linear
+from v4train.model.moe.router import HashRouter, ScoreRouter, affinities, balanced_table
+
+EXPERTS, TOP_K, HIDDEN = 5, 2, 6
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def config_of(**changes):
+    sizes = {"moe__num_experts": EXPERTS, "moe__top_k": TOP_K, "hidden_size": HIDDEN, "moe__intermediate_size": 3}
+    return tiny_config("swa swa", **{**sizes, **changes})
+
+
+def filled(module, scale=1.0, dtype=torch.float64):
+    module = module.to(dtype)
+    with torch.no_grad():
+        for seed, tensor in enumerate([*module.parameters(), *module.buffers()]):
+            if tensor.is_floating_point():
+                tensor.copy_(scale * random(*tensor.shape, seed=seed + 10))
+    return module
+
+
+def naive_expert(x, gate, up, down, limit):
+    """One SwiGLU of one token [M], number by number."""
+    hidden = []
+    for g, u in zip(gate @ x, up @ x, strict=True):
+        g, u = (
+            torch.minimum(g, g.new_tensor(limit)),
+            torch.maximum(torch.minimum(u, u.new_tensor(limit)), -u.new_tensor(limit)),
+        )
+        hidden.append(g / (1 + (-g).exp()) * u)
+    return down @ torch.stack(hidden)
+
+
+# -- experts ----------------------------------------------------------------------------------------------------------
+
+
+def test_experts_token_by_token():
+    """Values and gradients, with experts that get nothing and a clamp that bites."""
+    config = config_of(moe__swiglu_limit=1.5)
+    experts = filled(Experts(config))
+    x, weights = random(9, HIDDEN).requires_grad_(), random(9, TOP_K, seed=1).requires_grad_()
+    chosen = torch.tensor([[0, 3], [3, 0], [4, 3], [3, 4], [0, 4], [0, 3], [4, 0], [3, 0], [4, 3]])  # not 1, not 2
+    ours = experts(x, chosen, weights)
+    rows = []
+    for token in range(9):
+        parts = [(weights[token, k], chosen[token, k]) for k in range(TOP_K)]
+        rows.append(sum(w * naive_expert(x[token], *experts.gate_up[e], experts.down[e], 1.5) for w, e in parts))
+    theirs = torch.stack(rows)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    inputs, cotangent = (x, weights, *experts.parameters()), random(9, HIDDEN, seed=2)
+    gradients = [torch.autograd.grad(output, inputs, cotangent) for output in (ours, theirs)]
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-12, rtol=0)
+    assert gradients[0][2][1:3].abs().sum() == 0 and gradients[0][2][0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_shared_expert_token_by_token(shared):
+    expert = filled(SharedExpert(config_of(moe__num_shared_experts=shared, moe__swiglu_limit=1.5)))
+    assert expert.gate_up.weight.shape == (2, 3 * shared, HIDDEN)
+    x = random(2, 4, HIDDEN)
+    expected = torch.stack([naive_expert(t, *expert.gate_up.weight, expert.down.weight, 1.5) for t in x.flatten(0, 1)])
+    torch.testing.assert_close(expert(x).flatten(0, 1), expected, atol=1e-12, rtol=0)
+
+
+def test_swiglu_clamps_gate_above_and_up_on_both_sides():
+    gate, up = torch.tensor([-50.0, 2.0, 50.0, 50.0, 2.0]), torch.tensor([3.0, 50.0, 3.0, -50.0, -3.0])
+
+    def silu(x):
+        return x / (1 + math.exp(-x))
+
+    expected = [silu(-50) * 3, silu(2) * 10, silu(10) * 3, silu(10) * -10, silu(2) * -3]
+    assert clamped_swiglu(gate, up, 10.0).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sizes", [(8, 16), (5, 3), (7, 8), (1, 1)])
+@pytest.mark.parametrize("rows", [[3, 0, 4, 1], [0, 0, 0, 8], [1, 0, 0, 0], [0, 0, 0, 0]])
+def test_grouped_linear(rows, sizes, dtype):
+    """Odd widths, groups without rows, no rows at all; values and gradients."""
+    width, outputs = sizes
+    x = random(sum(rows), width).to(dtype).requires_grad_()
+    weight = random(len(rows), outputs, width, seed=1).to(dtype).requires_grad_()
+    ends = torch.tensor(rows).cumsum(0).to(torch.int32)
+    ours = grouped_linear(x, weight, ends)
+    exact_x, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (x, weight))
+    theirs = torch.cat([part @ exact_weight[group].T for group, part in enumerate(exact_x.split(rows))])
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+    assert ours.dtype == dtype and ours.shape == (sum(rows), outputs)
+    torch.testing.assert_close(ours.double(), theirs, atol=tolerance, rtol=tolerance)
+    cotangent = random(sum(rows), outputs, seed=2).to(dtype)
+    mine = torch.autograd.grad(ours, (x, weight), cotangent)
+    other = torch.autograd.grad(theirs, (exact_x, exact_weight), cotangent.double())
+    for a, b in zip(mine, other, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=tolerance, rtol=tolerance)
+
+
+def test_autocast_multiplies_in_bf16():
+    x, weight = random(6, 5, dtype=torch.float32), random(2, 3, 5, dtype=torch.float32)
+    ends = torch.tensor([2, 6], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = grouped_linear(x, weight, ends)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), grouped_linear(x, weight, ends), atol=0.05, rtol=0.02)
+
+
+def test_stacked_and_grouped_projections():
+    x, stacked = random(2, 3, 4), filled(StackedLinear(3, 4, 5))
+    torch.testing.assert_close(stacked(x), torch.cat([x @ matrix.T for matrix in stacked.weight], -1))
+    x, grouped = random(2, 3, 6, 4), filled(GroupedLinear(6, 4, 5))
+    expected = torch.stack([x[:, :, group] @ grouped.weight[group].T for group in range(6)], 2)
+    torch.testing.assert_close(grouped(x), expected)
+
+
+# -- routers ----------------------------------------------------------------------------------------------------------
+
+
+def route(router, batch=2, length=7, seed=3, ids=None):
+    x = random(batch, length, HIDDEN, seed=seed).requires_grad_()
+    tokens = random_tokens(batch, length)
+    ids = torch.zeros_like(tokens) if ids is None else ids
+    chosen, weights = router(x, tokens, ids)
+    return x, tokens, chosen, weights
+
+
+def expected_affinity(x, row):
+    return math.sqrt(math.log1p(math.exp((x @ row).item())))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scored_tokens_one_by_one(training):
+    """The bias decides who is chosen, the bare affinities what they weigh; weights sum to the scaling factor."""
+    router = filled(ScoreRouter(config_of(moe__routed_scaling_factor=2.5), Losses(), 1)).train(training)
+    x, _, chosen, weights = route(router)
+    moved = 0
+    for b in range(2):
+        for t in range(7):
+            scores = [expected_affinity(x[b, t], row) for row in router.weight]
+            biased = [score + bias.item() for score, bias in zip(scores, router.bias, strict=True)]
+            best = sorted(range(EXPERTS), key=lambda e: -biased[e])[:TOP_K]
+            assert chosen[b, t].tolist() == best
+            total = sum(scores[e] for e in best)
+            assert weights[b, t].tolist() == pytest.approx([2.5 * scores[e] / total for e in best], rel=1e-9)
+            moved += set(best) != set(sorted(range(EXPERTS), key=lambda e: -scores[e])[:TOP_K])
+    assert moved >= 3  # the bias did change choices
+    torch.testing.assert_close(weights.sum(-1), torch.full((2, 7), 2.5, dtype=torch.float64))
+
+
+def test_hashed_tokens_take_their_row_of_the_table():
+    router = filled(HashRouter(config_of()))
+    router.table.copy_(balanced_table(64, EXPERTS, TOP_K, torch.Generator().manual_seed(0)))
+    x, tokens, chosen, weights = route(router)
+    for b in range(2):
+        for t in range(7):
+            row = router.table[tokens[b, t]]
+            assert torch.equal(chosen[b, t], row)
+            scores = [expected_affinity(x[b, t], router.weight[e]) for e in row]
+            assert weights[b, t].tolist() == pytest.approx([1.5 * s / sum(scores) for s in scores], rel=1e-9)
+    weights[..., 0].sum().backward()
+    assert router.weight.grad.norm() > 0.1  # its gate values are learned
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "experts", "top_k"), [(64, 8, 2), (100, 7, 3), (97, 16, 6), (5, 16, 4), (50, 4, 4), (33, 5, 1)]
+)
+def test_balanced_table(vocabulary, experts, top_k):
+    table = balanced_table(vocabulary, experts, top_k, torch.Generator().manual_seed(1))
+    assert table.shape == (vocabulary, top_k) and table.dtype == torch.int64
+    assert all(len(set(row)) == top_k for row in table.tolist())
+    counts = Counter({expert: 0 for expert in range(experts)})
+    counts.update(table.flatten().tolist())
+    assert len(counts) == experts and max(counts.values()) - min(counts.values()) <= 1
+    assert torch.equal(table, balanced_table(vocabulary, experts, top_k, torch.Generator().manual_seed(1)))
+    if 1 < top_k < experts:
+        assert not torch.equal(table, balanced_table(vocabulary, experts, top_k, torch.Generator().manual_seed(2)))
+        assert len({tuple(sorted(row)) for row in table.tolist()}) > vocabulary // top_k // 4  # no few fixed teams
+
+
+def test_affinities_and_their_gradient():
+    logits = torch.tensor([-110.0, -80.0, -5.0, 0.0, 3.0, 50.0], requires_grad=True)
+    ours = affinities(logits)
+    expected = [math.sqrt(math.log1p(math.exp(value))) for value in logits.tolist()]
+    assert ours.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-12)
+    ours.sum().backward()
+    assert logits.grad.isfinite().all()
+    slopes = [math.exp(v) / (1 + math.exp(v)) / (2 * e) for v, e in zip(logits.tolist(), expected, strict=True)]
+    assert logits.grad[2:].tolist() == pytest.approx(slopes[2:], rel=1e-5)
+
+
+def test_gates_stay_finite_when_all_affinities_vanish():
+    router = filled(ScoreRouter(config_of(), Losses(), 1), dtype=torch.float32)
+    with torch.no_grad():
+        router.weight.copy_(torch.full((EXPERTS, HIDDEN), -40.0))
+    x = torch.ones(1, 2, HIDDEN, requires_grad=True)
+    _, weights = router(x, torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long))
+    weights.square().sum().backward()
+    assert weights.isfinite().all() and x.grad.isfinite().all() and router.weight.grad.isfinite().all()
+
+
+# -- balance ----------------------------------------------------------------------------------------------------------
+
+
+def naive_balance(scores, top_k, valid):
+    """V4.md 2.5, row by row and expert by expert; a row's padding doesn't exist."""
+    rows = []
+    for b in range(len(scores)):
+        tokens = [scores[b, t] for t in range(scores.shape[1]) if valid[b, t]]
+        experts = scores.shape[-1]
+        total = scores.new_zeros(())
+        for e in range(experts):
+            hits = sum(e in sorted(range(experts), key=lambda i: -token[i].item())[:top_k] for token in tokens)
+            share = sum(token[e] / token.sum() for token in tokens) / len(tokens)
+            total = total + experts / (top_k * len(tokens)) * hits * share
+        rows.append(total)
+    return sum(rows) / len(rows)
+
+
+def test_balance_loss():
+    scores = random(3, 8, EXPERTS).exp().requires_grad_()
+    valid = torch.ones(3, 8, dtype=torch.bool)
+    valid[0, 5:] = False
+    valid[1, 2] = False
+    ours, theirs = sequence_balance_loss(scores, TOP_K, valid), naive_balance(scores, TOP_K, valid)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    gradients = [torch.autograd.grad(loss, scores)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
+    assert gradients[0][0, 5:].abs().sum() == 0 and gradients[0][1].abs().sum() > 0
+
+
+def test_balance_loss_of_perfect_balance_and_of_collapse():
+    turns = torch.eye(4, dtype=torch.float64).repeat(1, 3, 1) + 1e-9  # each expert in turn, certain of itself
+    valid = torch.ones(1, 12, dtype=torch.bool)
+    assert sequence_balance_loss(turns, 1, valid).item() == pytest.approx(1, abs=1e-6)
+    assert sequence_balance_loss(turns[:, :1].repeat(1, 12, 1), 1, valid).item() == pytest.approx(4, abs=1e-6)
+
+
+def test_unbiased_affinities_decide_the_balance_loss():
+    router = filled(ScoreRouter(config_of(), Losses(), 1))
+    x, *_ = route(router)
+    value = router.losses.collect()["balance_loss"]
+    with torch.no_grad():
+        scores = affinities(x @ router.weight.T)
+    valid = torch.ones(2, 7, dtype=torch.bool)
+    assert value.item() == pytest.approx(naive_balance(scores, TOP_K, valid).item(), abs=1e-12)
+    assert value.item() != pytest.approx(naive_balance(scores + router.bias, TOP_K, valid).item(), abs=1e-3)
+
+
+def test_max_violation():
+    assert max_violation(torch.tensor([4, 4, 4, 4])).item() == 0
+    assert max_violation(torch.tensor([8, 2, 3, 3])).item() == pytest.approx(1)
+    assert max_violation(torch.tensor([0, 0, 0, 12])).item() == pytest.approx(3)
+    assert max_violation(torch.tensor([0, 0])).item() == -1  # nothing counted
+
+
+# -- loads and bias ---------------------------------------------------------------------------------------------------
+
+
+def loads_by_choice(chosen, valid):
+    counts = [0] * EXPERTS
+    for token, used in zip(chosen.flatten(0, 1).tolist(), valid.flatten().tolist(), strict=True):
+        for expert in token if used else []:
+            counts[expert] += 1
+    return counts
+
+
+def test_loads_leave_out_padding_and_validation_and_add_up():
+    router = filled(ScoreRouter(config_of(), Losses(), 1))
+    ids = torch.tensor([[0, 0, 1, 1, 1, -1, -1], [2, 2, 2, -1, 3, 3, 3]])
+    *_, chosen, _ = route(router, ids=ids)
+    first = loads_by_choice(chosen, ids >= 0)
+    router.eval()
+    route(router)
+    router.train()
+    *_, chosen, _ = route(router, seed=5)
+    second = loads_by_choice(chosen, torch.ones_like(ids))
+    assert router.take_load().tolist() == [a + b for a, b in zip(first, second, strict=True)]
+    assert sum(first) == 11 * TOP_K and router.take_load().tolist() == [0] * EXPERTS
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_counts_nothing_twice(reentrant):
+    router = filled(ScoreRouter(config_of(), Losses(), 1))
+    x, tokens, ids = random(2, 7, HIDDEN).requires_grad_(), random_tokens(2, 7), torch.zeros(2, 7, dtype=torch.long)
+    runs = []
+    chosen, weights = checkpoint(lambda *a: (runs.append(1), router(*a))[1], x, tokens, ids, use_reentrant=reentrant)
+    values = router.losses.collect()
+    weights.square().sum().backward()
+    assert len(runs) == 2  # it did recompute
+    assert router.take_load().tolist() == loads_by_choice(chosen, torch.ones_like(ids))
+    assert list(values) == ["balance_loss"] and router.losses.collect() == {}
+
+
+def test_bias_moves_against_the_load():
+    router = filled(ScoreRouter(config_of(), Losses(), 1))
+    before = router.bias.clone()
+    router.update_bias(torch.tensor([10, 2, 6, 6, 6]), 0.25)  # mean 6
+    torch.testing.assert_close(router.bias - before, torch.tensor([-0.25, 0.25, 0, 0, 0], dtype=torch.float64))
+
+
+def test_repeated_updates_balance_a_router():
+    router = filled(ScoreRouter(config_of(), Losses(), 1)).eval()
+    x, ids = random(4, 200, HIDDEN), torch.zeros(4, 200, dtype=torch.long)
+
+    def violation():
+        chosen, _ = router(x, ids, ids)
+        load = torch.bincount(chosen.flatten(), minlength=EXPERTS)
+        router.update_bias(load, 0.02)
+        return max_violation(load).item()
+
+    violations = [violation() for _ in range(150)]
+    assert violations[0] > 0.4 and max(violations[-20:]) < 0.1
+
+
+def test_routers_of_a_model():
+    """One of each score-routed layer and one of MTP; hash-routed layers have none."""
+    model = random_model(tiny_config("swa csa hca", moe__num_hash_layers=2))
+    assert list(model.routers()) == ["blocks.2.ffn.router", "mtp.block.ffn.router"]
+    tokens, ids, targets = batch_of([9, -3, 14], [26])
+    model(tokens, ids, targets)
+    loads = [router.take_load() for router in model.routers().values()]
+    assert [load.sum().item() for load in loads] == [49 * 2, (8 + 13 + 25) * 2]  # MTP: tokens whose next is known
