@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import importlib.resources
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,9 @@ def default_run_name(model: str, overrides: list[str]) -> str:
 def settings(config: DictConfig) -> Settings:
     """Typed settings of a composed configuration. Raises ConfigError on the first rule broken."""
     resolved = _resolve(config)
+    known = {"device", *(field.name for field in fields(Settings))} - {"topology", "resolved"}
+    for key in resolved.keys() - known:
+        raise ConfigError(key, resolved[key], "unknown key", f"known keys: {', '.join(sorted(known))}")
     seed, precision, device = (resolved[key] for key in ("seed", "precision", "device"))
     if not isinstance(seed, int) or seed < 0:
         raise ConfigError("seed", seed, "it must be a whole number of at least 0", "use seed=1")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from v4train.model import cross_entropy
 from v4train.model.cross_entropy import linear_cross_entropy
@@ -50,7 +51,10 @@ def test_only_the_gradient_that_is_needed(frozen):
 def test_value_without_gradients():
     x, weight, targets = inputs()
     with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(x, weight, targets), reference(x, weight, targets))
+        with FlopCounterMode(display=False) as counter:
+            ours = linear_cross_entropy(x, weight, targets)
+        torch.testing.assert_close(ours, reference(x, weight, targets))
+    assert counter.get_total_flops() == 2 * TOKENS * HIDDEN * VOCABULARY  # the logits, and no gradient
 
 
 def test_everything_ignored():

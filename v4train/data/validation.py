@@ -24,9 +24,9 @@ def validation_batches(
     """This rank's validation batches, [batch_size, S] each.
 
     `max_tokens` tokens (0: all) of the validation documents, in whole rows drawn in a fixed order; the last row of the
-    documents is padded. Row i goes to rank i % data_world. Every rank gets the same number of batches of the same shape,
-    since a forward may hold collectives (ZeRO-3, experts): where rows run out, padding rows (document -1, no target)
-    fill up, so a rank's last batch may hold no target at all.
+    documents is padded. Row i goes to rank i % data_world. Every rank gets the same number of batches of the same
+    shape, since a forward may hold collectives (ZeRO-3, experts): where rows run out, padding rows (document -1, no
+    target) fill up, so a rank's last batch may hold no target at all.
     """
     documents = corpus.validation
     stream = Stream(documents, permutation(documents.num_documents, _ORDER))

@@ -1,0 +1,165 @@
+"""`launch/pretrain.py` as a person starts it: what it writes, says and returns."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import ROOT
+from tests.runs import STEPS, checkpoint_digests, losses, tiny
+from v4train.train.metrics import read_metrics
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+
+LIMIT = 120  # seconds a program may take
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, str(ROOT / "launch" / "pretrain.py"), *overrides]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def pretrain(*overrides: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*overrides), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=LIMIT
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("launch")
+
+
+@pytest.fixture(scope="module")
+def finished(base) -> tuple[Path, subprocess.CompletedProcess]:
+    """A whole run by plain `python`, with everything switched on."""
+    result = pretrain(
+        *tiny(base, "whole", "tracking.mode=offline", "train.sample_tokens=5", "train.validate_every=4"),
+        "train.log_every=1",
+        cwd=base,
+    )
+    assert result.returncode == 0, result.stderr
+    return base / "whole", result
+
+
+def test_it_leaves_everything_a_run_promises(finished):
+    folder, _ = finished
+    for name in ("config.yaml", "summary.json", "samples.txt", "log.txt", "tokenizer.json", "report/loss.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert (folder / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert (folder / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").is_file()
+
+
+def test_every_line_of_the_metrics_has_the_promised_keys(finished):
+    records = read_metrics(finished[0] / "metrics.jsonl")
+    keys = (
+        "step tokens loss lm_loss mtp_loss balance_loss indexer_kl lr grad_norm tokens_per_second mfu memory_gib "
+        "max_violation phase attention_mode sequence_length global_batch_size data_tokens"
+    ).split()
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert all(key in record for record in steps for key in keys)
+    assert steps[-1]["data_tokens"] == {"text": STEPS * 4 * 96}
+    validations = [record for record in records if "val_loss" in record]
+    assert [record["step"] for record in validations] == [4, 8, STEPS]
+    assert all(record["val_bits_per_byte"] > 0 for record in validations)
+
+
+def test_the_last_lines_and_the_summary_hold_the_final_loss_against_the_unigram_entropy(finished):
+    folder, result = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    gain = summary["unigram_entropy"] - summary["val_loss"]
+    assert summary["val_gain_over_unigram"] == pytest.approx(gain)
+    assert result.stdout.splitlines()[-1].startswith(f"final validation loss {summary['val_loss']:.4f} nats/token")
+    assert f"{summary['unigram_entropy']:.4f}" in result.stdout.splitlines()[-1]
+
+
+def test_it_shows_no_warnings_of_other_libraries(finished):
+    _, result = finished
+    assert result.stderr == ""
+    assert "arning" not in result.stdout
+
+
+def test_a_finished_run_says_so_and_is_not_touched(finished, base):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")}
+    result = pretrain(*tiny(base, "whole", "tracking.mode=offline"), cwd=base)
+    assert result.returncode == 0
+    assert "finished" in result.stdout and "run.overwrite=true" in result.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")}
+
+
+def test_another_model_under_the_same_name_is_refused_in_one_line(finished, base):
+    result = pretrain(*tiny(base, "whole", "train.max_steps=12", "model.moe.top_k=3"), cwd=base)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [result.stderr.strip()]
+    assert "model.moe.top_k=3" in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize("bad", ["model=nope", "train.max_stepz=1", "model.attention.o_groups=3", "data.path=/nope"])
+def test_bad_input_is_one_line_and_code_2(bad, base):
+    result = pretrain(*tiny(base, "bad"), bad, cwd=base)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1 and bad.partition("=")[0] in result.stderr
+    assert not (base / "bad").exists()
+
+
+def test_torchrun_says_bad_input_once(base):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *command()[1:]]
+    result = subprocess.run(
+        [*torchrun, *tiny(base, "bad"), "parallelism.data=3"],
+        cwd=base,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("error: parallelism.data=3") == 1
+
+
+def test_hydra_shows_the_configuration(base):
+    result = pretrain("--cfg", "job", "train.max_steps=7", cwd=base)
+    assert result.returncode == 0
+    assert "max_steps: 7" in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_continues_bitwise(finished, base, number):
+    name = f"signalled_{number}"
+    overrides = tiny(base, name, "train.validate_every=4", "train.max_steps=400")
+    process = subprocess.Popen(
+        command(*overrides), cwd=base, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = base / name / "metrics.jsonl"
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end and not (metrics.exists() and len(read_metrics(metrics)) >= 3):
+        assert process.poll() is None, process.communicate()
+        try:
+            process.wait(0.05)
+        except subprocess.TimeoutExpired:
+            continue
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=LIMIT)
+    assert (process.returncode, errors) == (0, "")
+    assert "stopped by a signal" in output
+    stopped = max(record["step"] for record in read_metrics(metrics))
+    assert stopped < 400
+
+    # Further steps of the same run, against a run that nobody disturbed.
+    further = stopped + 3
+    assert pretrain(*overrides, f"train.stop_at_step={further}", cwd=base).returncode == 0
+    whole = f"undisturbed_{number}"
+    undisturbed = tiny(base, whole, "train.validate_every=4", "train.max_steps=400", f"train.stop_at_step={further}")
+    assert pretrain(*undisturbed, cwd=base).returncode == 0
+    assert losses(base, name) == losses(base, whole)
+    assert checkpoint_digests(base, name, further) == checkpoint_digests(base, whole, further)

@@ -1,0 +1,49 @@
+"""The first losses of `flash_small`, which a refactoring must not move: tests/golden/flash_small.json.
+
+After a change that is meant to move them, and says so in its commit: python -m tests.model.test_golden
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.model.packings import ids_of, shifted
+from v4train.config import load
+from v4train.model import build_model
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "flash_small.json"
+STEPS, LAYOUT, LEARNING_RATE = 5, [150, -6, 100], 0.02
+# Fewer than the 64 entries of so short a sequence, or nothing would be selected.
+OVERRIDES = ["model=flash_small", "model.attention.indexer.top_k=16"]
+
+
+def first_losses() -> list[dict[str, float]]:
+    """All losses of each step: fp32, plain SGD (Adam's first steps would amplify rounding), skewed random tokens."""
+    model = build_model(load(OVERRIDES).model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    generator, ids = torch.Generator().manual_seed(0), ids_of(LAYOUT)
+    history = []
+    for _ in range(STEPS):
+        tokens = (torch.rand(ids.shape, generator=generator) ** 6 * model.config.vocab_size).long()
+        output = model(tokens, ids, shifted(tokens, ids))
+        history.append({"loss": output.loss.item(), **{name: x.item() for name, x in sorted(output.losses.items())}})
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    return history
+
+
+def test_first_losses_have_not_moved():
+    expected = json.loads(GOLDEN.read_text())
+    ours = first_losses()
+    assert len(ours) == len(expected) == STEPS
+    for step, (now, before) in enumerate(zip(ours, expected, strict=True)):
+        assert now == pytest.approx(before, abs=1e-4), f"step {step + 1}"
+    assert expected[-1]["lm_loss"] < expected[0]["lm_loss"] - 0.3  # it does train
+
+
+if __name__ == "__main__":
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(json.dumps(first_losses(), indent=1) + "\n")

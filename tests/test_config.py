@@ -1,0 +1,120 @@
+"""Bad input ends in one line that names the key; good input in typed settings."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from v4train.config import config_dir, default_run_name, load, settings
+from v4train.errors import ConfigError
+
+GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "parallelism", "checkpoint", "tracking")
+
+BAD = [
+    # overrides, key in the message, words of the rule or the remedy
+    (["model=nope"], "model", ["nope", "flash_small", "flash", "pro"]),
+    (["optimizer=sgd"], "optimizer", ["muon", "adamw"]),
+    (["train.max_stepz=3"], "train.max_stepz", ["train.max_steps"]),
+    (["modle=flash"], "modle", ["model"]),
+    (["+foo=1"], "foo", ["unknown"]),
+    (["+train.foo=1"], "train.foo", ["unknown"]),
+    (["model.moe.topk=2"], "model.moe.topk", ["model.moe.top_k"]),
+    (["train.max_steps=abc"], "train.max_steps", ["abc"]),
+    (["train.max_steps=0"], "train.max_steps", ["at least 1"]),
+    (["train.max_steps=null"], "train.max_steps", ["train.max_tokens"]),
+    (["train.log_every=0"], "train.log_every", ["at least 1"]),
+    (["train.validate_every=-1"], "train.validate_every", ["negative"]),
+    (["train.global_batch_size=3", "train.micro_batch_size=2"], "train.global_batch_size", ["multiple", "2"]),
+    (["model.attention.o_groups=3"], "model.attention.o_groups", ["num_heads=8"]),
+    (["model.attention_mix=[swa,csa]"], "model.attention_mix", ["num_layers"]),
+    (["model.num_layers=4"], "model.attention_mix", ["4"]),
+    (["model.attention_mix=[swa,swa,csa,hca,csa,foo]"], "model.attention_mix", ["foo", "swa, csa, hca"]),
+    (["model.attention.rope_dim=7"], "model.attention.rope_dim", ["even"]),
+    (["model.moe.top_k=17"], "model.moe.top_k", ["num_experts"]),
+    (["model.residual.kind=foo"], "model.residual.kind", ["plain", "mhc"]),
+    (["model.hidden_size=-1"], "model.hidden_size", ["at least 1"]),
+    (["model.mtp.num_layers=2"], "model.mtp.num_layers", ["0 or 1"]),
+    (["data=text", "data.path=/no/such/folder"], "data.path", ["/no/such/folder"]),
+    (["data=text"], "data.path", ["data.path="]),
+    (["data.validation_fraction=2"], "data.validation_fraction", ["2"]),
+    (["tokenizer.vocab_size=8192"], "tokenizer.vocab_size", ["model.vocab_size=4096"]),
+    (["parallelism.data=2"], "parallelism.data", ["data 2", "torchrun"]),
+    (["parallelism.tensor=2"], "parallelism.tensor", ["parallelism.tensor=1"]),
+    (["parallelism.zero_stage=4"], "parallelism.zero_stage", ["0, 1, 2 or 3"]),
+    (["parallelism=nope"], "parallelism", ["zero1"]),
+    (["precision=fp8"], "precision", ["fp32, bf16"]),
+    (["device=tpu"], "device", ["cpu"]),
+    (["seed=-1"], "seed", ["0"]),
+    (["schedule.kind=foo"], "schedule.kind", ["cosine"]),
+    (["optimizer.name=sgd"], "optimizer.name", ["muon"]),
+    (["optimizer.betas=3"], "optimizer.betas", ["3"]),
+    (["tracking.mode=loud"], "tracking.mode", ["offline"]),
+    (["checkpoint.resume=/no/such"], "checkpoint.resume", ["auto"]),
+    (["checkpoint.keep=-1"], "checkpoint.keep", ["negative"]),
+    (["train.max_steps"], "override", ["key=value"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "words"), BAD, ids=lambda value: str(value)[:50])
+def test_bad_input_is_one_line_with_key_value_rule_and_remedy(overrides, key, words):
+    with pytest.raises(ConfigError) as caught:
+        load(overrides)
+    message = str(caught.value)
+    assert message.startswith(f"{key}=")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def every_option() -> list[str]:
+    return sorted(f"{group}={path.stem}" for group in GROUPS for path in (config_dir() / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("override", every_option())
+def test_every_shipped_option_composes(override, tmp_path):
+    """`text` needs a path, `single` and the ZeRO presets run on the one process of this test."""
+    (tmp_path / "a.txt").write_text("text")
+    path = [f"data.path={tmp_path}"] if override == "data=text" else []
+    config = load([override, *path])
+    assert settings(config).train.total_steps >= 1
+
+
+def test_the_default_run_name_comes_from_model_and_overrides():
+    assert load([]).run.name == "flash_small"
+    assert load(["model=flash_small"]).run.dir == "runs/flash_small"
+    one = load(["train.max_steps=5", "optimizer=adamw"])
+    other = load(["optimizer=adamw", "train.max_steps=5"])
+    assert one.run.name == other.run.name == "flash_small_optimizer=adamw_train.max_steps=5"
+    # where and how, not what: the name that a continued run must find again
+    assert load(["train.stop_at_step=3", "checkpoint.every=7", "tracking.mode=disabled"]).run.name == "flash_small"
+    assert load(["run.name=mine"]).run.dir == "runs/mine"
+
+
+def test_long_names_are_cut_and_stay_distinct():
+    names = {default_run_name("m", [f"train.sample_prompt={'x' * 300}{i}"]) for i in range(2)}
+    assert len(names) == 2
+    assert all(len(name) <= 120 for name in names)
+
+
+def test_a_name_is_a_single_folder():
+    name = default_run_name("m", ["data.path=/a/b c/*.txt", "model.attention_mix=[swa,csa]"])
+    assert "/" not in name and " " not in name and "[" not in name
+
+
+def test_max_tokens_shortens_a_run():
+    config = load(["train.max_tokens=10000", "train.global_batch_size=4", "train.sequence_length=512"])
+    assert settings(config).train.total_steps == 5  # 2,048 tokens a step
+
+
+def test_a_rank_takes_its_whole_share_at_once_unless_told(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    made = settings(load(["train.global_batch_size=8"]))
+    assert (made.train.micro_batch_size, made.topology.data_rank, made.topology.data_size) == (4, 1, 2)
+    with pytest.raises(ConfigError, match=r"global_batch_size=3: .*2 data ranks"):
+        load(["train.global_batch_size=3"])
+
+
+def test_a_loaded_configuration_is_complete_and_saves(tmp_path):
+    config = load(["model=pro", "model.mtp.num_layers=0"])
+    OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
+    assert OmegaConf.load(tmp_path / "config.yaml").model.hidden_size == 7168

@@ -1,0 +1,90 @@
+"""Checkpoint files: what is written is what is read, whole or not at all."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from v4train.errors import ConfigError
+from v4train.train import checkpoint
+from v4train.train.checkpoint import CheckpointConfig, Reader
+
+PARAMETERS = {
+    "a.weight": {"weight": torch.arange(6.0).view(2, 3), "exp_avg": torch.ones(2, 3), "step": torch.tensor(4.0)},
+    "b.bias": {"weight": torch.tensor([torch.pi]), "momentum_buffer": torch.tensor([-1.0])},
+}
+BUFFERS = {"router.bias": torch.tensor([0.5, -0.5]), "router.table": torch.tensor([[3, 1]])}
+
+
+def save(folder, step, keep=0):
+    return checkpoint.save(folder, step, iter(PARAMETERS.items()), BUFFERS, {"tokens": step * 10}, keep)
+
+
+def test_what_is_saved_is_read_back_bitwise(tmp_path):
+    reader = Reader(save(tmp_path, 7))
+    assert reader.manifest["step"] == 7
+    assert reader.manifest["state"] == {"tokens": 70}
+    for name, tensors in PARAMETERS.items():
+        read = reader.parameter(name)
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[kind], tensors[kind]) for kind in tensors)
+    assert all(torch.equal(reader.buffers()[name], tensor) for name, tensor in BUFFERS.items())
+
+
+def test_nothing_is_pickled(tmp_path):
+    path = save(tmp_path, 1)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3, 100_000_000):
+        save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_100000000"]
+
+
+def test_an_unfinished_write_is_never_found(tmp_path):
+    good = save(tmp_path, 1)
+    torn = tmp_path / ".step_00000002.tmp"
+    torn.mkdir()
+    (torn / "manifest.json").write_text("{}")
+    assert checkpoint.newest(tmp_path) == good
+    assert checkpoint.newest(tmp_path / "absent") is None
+
+
+FILES = ["manifest.json", "weight-00000.safetensors", "exp_avg-00000.safetensors", "buffers.safetensors"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("harm", ["truncate", "flip", "delete", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caplog, file, harm):
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    path = bad / file
+    content = path.read_bytes()
+    if harm == "delete":
+        path.unlink()
+    elif harm == "flip" and file == "manifest.json":
+        manifest = json.loads(content)
+        manifest["files"]["weight-00000.safetensors"] = "0" * 64
+        path.write_text(json.dumps(manifest))
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes({"truncate": content[:-3], "flip": flipped, "empty": b""}[harm])
+    with caplog.at_level(logging.WARNING, "v4train"):
+        assert checkpoint.newest(tmp_path) == good
+    assert str(bad) in caplog.text
+
+
+def test_a_checkpoint_of_another_format_is_not_read(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 999}))
+    assert checkpoint.damage(path) is not None
+
+
+def test_resume_takes_auto_never_or_a_checkpoint(tmp_path):
+    assert CheckpointConfig(0, 1, "auto").resume == "auto"
+    assert CheckpointConfig(0, 1, str(save(tmp_path, 1)))
+    with pytest.raises(ConfigError, match="checkpoint.resume"):
+        CheckpointConfig(0, 1, str(tmp_path))

@@ -1,0 +1,123 @@
+"""Start, continue or refuse what a run's folder holds."""
+
+import pytest
+import torch
+
+from v4train.errors import ConfigError
+from v4train.train import checkpoint
+from v4train.train.run_directory import RunDirectory
+
+CONFIG = {
+    "seed": 1,
+    "model": {"hidden_size": 8, "attention": {"window": 4, "query_chunk": 16}},
+    "data": {"source": "stdlib"},
+    "tokenizer": {"vocab_size": 300, "cache_dir": "x"},
+    "optimizer": {"name": "muon", "betas": [0.9, 0.95]},
+    "train": {"sequence_length": 8, "max_steps": 3},
+}
+
+
+def changed(**sections) -> dict:
+    return {key: value | sections.get(key, {}) if isinstance(value, dict) else sections.get(key, value)
+            for key, value in CONFIG.items()}  # fmt: skip
+
+
+def start(directory, resume="auto", overwrite=False, config=CONFIG):
+    """What the program does: look, then prepare."""
+    path = directory.find_start(resume, overwrite, config)
+    directory.prepare(overwrite, config)
+    return path
+
+
+def save(directory, step):
+    state = {"config": CONFIG}
+    return checkpoint.save(directory.checkpoints, step, iter([("a", {"weight": torch.ones(1)})]), {}, state, 0)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return RunDirectory(tmp_path / "runs" / "name")
+
+
+def test_a_new_run_starts_from_nothing(directory):
+    assert start(directory) is None
+    assert directory.config.is_file()
+
+
+def test_auto_continues_from_the_newest_checkpoint(directory):
+    start(directory)
+    save(directory, 1)
+    newest = save(directory, 2)
+    assert start(directory) == newest
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(directory):
+    start(directory)
+    assert start(directory) is None
+
+
+def test_never_refuses_an_existing_run(directory):
+    start(directory, resume="never")
+    with pytest.raises(ConfigError, match="run.overwrite=true"):
+        start(directory, resume="never")
+
+
+def test_overwrite_starts_anew_and_removes_what_was_there(directory):
+    start(directory)
+    save(directory, 1)
+    (directory.path / "metrics.jsonl").write_text("{}")
+    assert start(directory, overwrite=True) is None
+    assert [path.name for path in directory.path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_that_is_no_run_is_never_touched(directory, overwrite):
+    directory.path.mkdir(parents=True)
+    (directory.path / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="run.dir"):
+        start(directory, overwrite=overwrite)
+    assert (directory.path / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"model": {"hidden_size": 16}}, "model.hidden_size"),
+        ({"model": {"attention": {"window": 5, "query_chunk": 16}}}, "model.attention.window"),
+        ({"data": {"source": "text"}}, "data.source"),
+        ({"data": {"path": "new"}}, "data.path"),
+        ({"seed": 2}, "seed"),
+        ({"optimizer": {"name": "adamw"}}, "optimizer.name"),
+        ({"train": {"sequence_length": 16}}, "train.sequence_length"),
+    ],
+)
+def test_another_experiment_under_the_same_name_is_refused_by_key(directory, sections, key):
+    start(directory)
+    save(directory, 1)
+    with pytest.raises(ConfigError, match=f"^{key}="):
+        start(directory, config=changed(**sections))
+
+
+def test_what_changes_no_result_may_change(directory):
+    start(directory)
+    newest = save(directory, 1)
+    config = changed(
+        model={"attention": {"window": 4, "query_chunk": 64}}, train={"max_steps": 9}, tokenizer={"cache_dir": "y"}
+    )
+    assert start(directory, config=config) == newest
+
+
+def test_a_checkpoint_of_another_run_can_be_the_start(directory, tmp_path):
+    other = RunDirectory(tmp_path / "other")
+    start(other)
+    path = save(other, 1)
+    assert start(directory, resume=str(path)) == path
+    with pytest.raises(ConfigError, match="checkpoint.resume"):  # once it exists, only `auto` continues it
+        start(directory, resume=str(path))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(directory):
+    start(directory)
+    (save(directory, 1) / "weight-00000.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="run.overwrite=true"):
+        start(directory)
