@@ -1,7 +1,6 @@
 """Closed forms of parameters and FLOPs against counts over shapes, tokens and what PyTorch really multiplies."""
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import random_model, random_tokens, tiny_config
@@ -99,9 +98,7 @@ def test_matrix_products_that_pytorch_counts(name):
     assert counter.get_total_flops() == 3 * 2 * (active_matrix_parameters(config) + core + mixed)
 
 
-@pytest.mark.parametrize(
-    ("name", "total", "active"), [("flash", 284.332e9, 13.270e9), ("pro", 1572.997e9, 48.852e9)]
-)
+@pytest.mark.parametrize(("name", "total", "active"), [("flash", 284.332e9, 13.270e9), ("pro", 1572.997e9, 48.852e9)])
 def test_published_counts(name, total, active):
     """V4.md 1.3: total without MTP; active with the output matrix, without the input embedding."""
     ours = parameter_counts(model_config(load([f"model={name}"]).model))

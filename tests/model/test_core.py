@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from tests.model.memory import LargestTensor
 from tests.model.packings import ids_of, layouts, same_document, visible_entries
 from v4train.model.attention.core import IndexInputs, attend, index_scores, indexer_kl, select_top_k
 from v4train.model.documents import compression_blocks, document_starts
@@ -99,10 +99,10 @@ class Case:
         return output, naive_kl(scores, attended, probabilities) if with_loss else output.new_zeros(())
 
     def gradients(self, output, kl):
-        """Of a random linear function of the output, plus the KL."""
+        """Of a random linear function of the output, plus twice the KL."""
         weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=output.dtype)
         inputs = [self.query, self.kv, self.sink, *([] if self.entries is None else [self.entries]), *self.index]
-        gradients = torch.autograd.grad((output * weight).sum() + kl, inputs, allow_unused=True)
+        gradients = torch.autograd.grad((output * weight).sum() + 2 * kl, inputs, allow_unused=True)
         return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
 
 
@@ -159,19 +159,6 @@ def test_padding_sees_itself_alone():
         own = torch.einsum("hd,d->h", case.query[0, position], case.kv[0, position]) / 2
         weight = own.exp() / (own.exp() + case.sink.exp())
         torch.testing.assert_close(output[0, position], weight[:, None] * case.kv[0, position])
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operator made, forward or backward."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return made
 
 
 @pytest.mark.parametrize("select", [False, True])

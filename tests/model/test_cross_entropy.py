@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.model.memory import LargestTensor
 from v4train.model import cross_entropy
 from v4train.model.cross_entropy import linear_cross_entropy
 
@@ -36,6 +37,15 @@ def test_value_and_gradients(monkeypatch, rows):
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
     for mine, other in zip(gradients(ours, x, weight), gradients(theirs, x, weight), strict=True):
         torch.testing.assert_close(mine, other, atol=1e-12, rtol=0)
+
+
+def test_no_tensor_is_larger_than_a_chunk_of_logits(monkeypatch):
+    rows = 20
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * 4 * VOCABULARY)
+    x, weight, targets = inputs(torch.float32)
+    with LargestTensor() as largest:
+        linear_cross_entropy(x, weight, targets).backward()
+    assert largest.elements == rows * VOCABULARY
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

@@ -1,4 +1,4 @@
-"""Residual connections against per-token loops and both descriptions of the Sinkhorn iteration (V4.md 0 trap 3, 2.1)."""
+"""Residual connections against per-token loops and both descriptions of Sinkhorn (V4.md 0 trap 3, 2.1)."""
 
 import math
 
