@@ -50,6 +50,19 @@ BAD = [
     (["checkpoint.resume=/no/such"], "checkpoint.resume", ["auto"]),
     (["checkpoint.keep=-1"], "checkpoint.keep", ["negative"]),
     (["train.max_steps"], "override", ["key=value"]),
+    (["model.attention_mix=5"], "model.attention_mix", ["pattern"]),
+    (["train=3"], "train", ["group of keys"]),
+    (["optimizer.betas=[0.9]"], "optimizer.betas", ["two"]),
+    (["optimizer.weight_decay=-1"], "optimizer.weight_decay", ["negative"]),
+    (["schedule.learning_rate=-1"], "schedule.learning_rate", ["negative"]),
+    (["train.grad_clip=nan"], "train.grad_clip", ["negative"]),
+    (["model.norm_eps=-1"], "model.norm_eps", ["above 0"]),
+    (["model.attention.rope.theta=0"], "model.attention.rope.theta", ["exceed 1"]),
+    (["tokenizer.vocab_size=10"], "tokenizer.vocab_size", ["259"]),
+    (["run.name=a/b"], "run.name", ["one folder"]),
+    (["run.name=.."], "run.name", ["one folder"]),
+    (["parallelism.deepspeed.wall_clock_breakdown=true"], "parallelism.deepspeed.wall_clock_breakdown", ["+"]),
+    (["+parallelism.deepspeed.zero_optimization=3"], "parallelism.deepspeed.zero_optimization", ["group"]),
 ]
 
 

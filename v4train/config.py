@@ -43,6 +43,11 @@ class RunConfig:
     dir: str
     overwrite: bool
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.=+,-]+", self.name) or set(self.name) <= {"."}:
+            rule = "it names one folder: letters, digits and _ . = + , - only"
+            raise ConfigError("run.name", self.name, rule, "choose another name; run.dir says where the folder lies")
+
 
 @dataclass
 class TrainConfig:
@@ -140,8 +145,8 @@ def settings(config: DictConfig) -> Settings:
     for key in resolved.keys() - known:
         raise ConfigError(key, resolved[key], "unknown key", f"known keys: {', '.join(sorted(known))}")
     seed, precision, device = (resolved[key] for key in ("seed", "precision", "device"))
-    if not isinstance(seed, int) or seed < 0:
-        raise ConfigError("seed", seed, "it must be a whole number of at least 0", "use seed=1")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError("seed", seed, "it must be a whole number from 0 to 2^63 - 1", "use seed=1")
     if precision not in PRECISIONS:
         raise ConfigError("precision", precision, "unknown precision", f"use one of {', '.join(PRECISIONS)}")
     parallelism = structured(ParallelismConfig, resolved["parallelism"], "parallelism")
@@ -199,7 +204,7 @@ def _check_train(train: TrainConfig, data_size: int) -> None:
         if getattr(train, key) < 1:
             refuse(key, "it must be at least 1", "choose a positive number")
     for key in ("validate_every", "validation_tokens", "grad_clip", "sample_tokens", "sample_temperature"):
-        if getattr(train, key) < 0:
+        if not getattr(train, key) >= 0:  # NaN too
             refuse(key, "it can't be negative", "use 0 to switch it off")
     for key in ("max_steps", "max_tokens", "stop_at_step", "micro_batch_size"):
         if getattr(train, key) is not None and getattr(train, key) < 1:
@@ -225,7 +230,9 @@ def explain(error: Exception) -> ConfigError:
     match = re.search(r"Could not override '([^']+)'", text)
     if isinstance(error, ConfigCompositionException) and match:
         key = match.group(1).partition("@")[0]
-        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
+        if key.startswith("parallelism.deepspeed"):
+            return ConfigError(key, "?", "keys passed through to DeepSpeed are added", f"write +{key}.<key>=<value>")
+        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.7)
         return ConfigError(key, "?", "unknown key", f"did you mean {near[0]}?" if near else "conf/ shows all keys")
     return ConfigError("config", "?", text, "conf/ shows all keys")
 

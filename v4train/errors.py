@@ -9,4 +9,8 @@ class ConfigError(ValueError):
 
     def __init__(self, key: str, value: object, rule: str, remedy: str) -> None:
         super().__init__(f"{key}={value}: {rule}; {remedy}")
-        self.key = key
+        self.key, self.value, self.rule, self.remedy = key, str(value), rule, remedy
+
+    def __reduce__(self) -> tuple:
+        """Pickled by its parts: rank 0 sends it to the others, which shall end the same way."""
+        return type(self), (self.key, self.value, self.rule, self.remedy)

@@ -21,7 +21,9 @@ def structured(kind: type[T], node: DictConfig | dict, prefix: str) -> T:
     Raises:
         ConfigError: a key that `kind` lacks (with the nearest one it has), a missing key, or a wrong type.
     """
-    values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    if not isinstance(node, DictConfig | dict):
+        raise ConfigError(prefix, node, "a group of keys is expected", "set single keys of it; conf/ shows them")
+    values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     _check_keys(kind, values, prefix)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))

@@ -41,7 +41,10 @@ def layouts(base, request) -> tuple[Path, int]:
     for name in OPTIMIZERS:
         for stage in STAGES:
             accumulate = ["train.micro_batch_size=1"] if stage % 2 or ranks == 4 else []
-            jobs[f"ranks{ranks}_zero{stage}_{name}"] = [f"optimizer={name}", f"parallelism=zero{stage}", *accumulate]
+            # Small tensors stay whole in ZeRO 3 unless told: here all are sharded, as a large model's are.
+            shard = ["+parallelism.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"]
+            further = accumulate + (shard if stage == 3 else [])
+            jobs[f"ranks{ranks}_zero{stage}_{name}"] = [f"optimizer={name}", f"parallelism=zero{stage}", *further]
     train(base, ranks, jobs)
     return base, ranks
 

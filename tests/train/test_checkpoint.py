@@ -43,6 +43,14 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_100000000"]
 
 
+def test_a_future_that_was_abandoned_is_removed_not_kept_instead_of_the_present(tmp_path):
+    """Step 3 is damaged, the run went back to 1 and saves 2: with keep=1, 2 must be what stays."""
+    save(tmp_path, 1)
+    (save(tmp_path, 3) / "weight-00000.safetensors").write_bytes(b"")
+    save(tmp_path, 2, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
 def test_an_unfinished_write_is_never_found(tmp_path):
     good = save(tmp_path, 1)
     torn = tmp_path / ".step_00000002.tmp"

@@ -14,6 +14,8 @@ CONFIG = {
     "tokenizer": {"vocab_size": 300, "cache_dir": "x"},
     "optimizer": {"name": "muon", "betas": [0.9, 0.95]},
     "train": {"sequence_length": 8, "max_steps": 3},
+    "run": {"name": "name"},
+    "checkpoint": {"keep": 1},
 }
 
 
@@ -114,6 +116,31 @@ def test_a_checkpoint_of_another_run_can_be_the_start(directory, tmp_path):
     assert start(directory, resume=str(path)) == path
     with pytest.raises(ConfigError, match="checkpoint.resume"):  # once it exists, only `auto` continues it
         start(directory, resume=str(path))
+
+
+def test_a_damaged_checkpoint_is_no_start(directory, tmp_path):
+    other = RunDirectory(tmp_path / "other")
+    start(other)
+    path = save(other, 1)
+    (path / "weight-00000.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="weight-00000"):
+        start(directory, resume=str(path))
+
+
+def test_overwrite_never_deletes_the_checkpoint_to_start_from(directory):
+    start(directory)
+    path = save(directory, 1)
+    with pytest.raises(ConfigError, match="checkpoint.resume"):
+        start(directory, resume=str(path), overwrite=True)
+    assert checkpoint.damage(path) is None
+
+
+def test_a_folder_with_a_config_of_something_else_is_never_touched(directory):
+    directory.path.mkdir(parents=True)
+    directory.config.write_text("theme: dark")
+    with pytest.raises(ConfigError, match="run.dir"):
+        start(directory, overwrite=True)
+    assert directory.config.read_text() == "theme: dark"
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(directory):

@@ -40,6 +40,21 @@ class TokenizerConfig:
     vocab_size: int  # entries asked for, special tokens included; a small corpus may fill fewer
     cache_dir: str  # folder where tokenizers and tokens are kept
 
+    def __post_init__(self) -> None:
+        check_vocab_size(self.vocab_size)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise ConfigError unless all bytes and special tokens have an entry."""
+    smallest = len(SPECIAL_TOKENS) + _BYTES
+    if vocab_size < smallest:
+        raise ConfigError(
+            "tokenizer.vocab_size",
+            vocab_size,
+            f"at least {smallest}: {_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens",
+            "raise model.vocab_size, which it follows",
+        )
+
 
 class Tokenizer:
     """Text <-> ids. A special token's name inside a text is ordinary text: ids 0, 1, 2 never come out of `encode`.
@@ -92,14 +107,7 @@ class Tokenizer:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """BPE merges from `texts`; the same texts give the same tokenizer. Raises ConfigError (tokenizer.vocab_size)."""
-    smallest = len(SPECIAL_TOKENS) + _BYTES
-    if vocab_size < smallest:
-        raise ConfigError(
-            "tokenizer.vocab_size",
-            vocab_size,
-            f"at least {smallest}: {_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens",
-            "raise model.vocab_size, which it follows",
-        )
+    check_vocab_size(vocab_size)
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS]

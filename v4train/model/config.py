@@ -132,8 +132,11 @@ class ModelConfig:
 
 def expand_mix(mix: Any) -> list[str]:
     """List the attention kind of each layer: `"swa*2 (csa hca)*2"` -> `[swa, swa, csa, hca, csa, hca]`."""
-    if not isinstance(mix, str):
+    if isinstance(mix, list | tuple):
         return [str(kind) for kind in mix]
+    if not isinstance(mix, str):
+        rule = "neither a list of kinds nor a pattern"
+        raise ConfigError("model.attention_mix", mix, rule, 'write one like "swa*2 (csa hca)*20 csa"')
     tokens = re.findall(r"\w+|[()*]", mix)
     if "".join(tokens) != re.sub(r"[\s,]+", "", mix):
         raise ConfigError("model.attention_mix", mix, "not a pattern", 'write one like "swa*2 (csa hca)*20 csa"')
@@ -202,6 +205,7 @@ def validate(config: ModelConfig) -> None:
         _refuse("moe.num_hash_layers", moe.num_hash_layers, rule, "choose fewer hash-routed layers")
     if residual.kind not in RESIDUAL_KINDS:
         _refuse("residual.kind", residual.kind, "unknown residual", f"use one of {', '.join(RESIDUAL_KINDS)}")
+    _ranges(config)
     if config.mtp.num_layers not in (0, 1):
         _refuse("mtp.num_layers", config.mtp.num_layers, "V4 has at most one MTP block", "use 0 or 1")
 
@@ -225,6 +229,35 @@ def _positive(config: ModelConfig) -> None:
             _refuse(key, value, "it must be at least 1", "choose a positive number")
     if moe.num_shared_experts < 0:
         _refuse("moe.num_shared_experts", moe.num_shared_experts, "it can't be negative", "use 0 for none")
+
+
+def _ranges(config: ModelConfig) -> None:
+    """Written as `not ...`, so that NaN is refused too."""
+    attention, moe, residual = config.attention, config.moe, config.residual
+    above_zero = {
+        "norm_eps": config.norm_eps,
+        "init.std": config.init.std,
+        "moe.routed_scaling_factor": moe.routed_scaling_factor,
+        "moe.swiglu_limit": moe.swiglu_limit,
+        "residual.eps": residual.eps,
+    }
+    for section in ("rope", "compressed_rope"):
+        rope = getattr(attention, section)
+        above_zero |= {f"attention.{section}.{key}": value for key, value in vars(rope).items() if key != "theta"}
+        if not rope.theta > 1:
+            _refuse(f"attention.{section}.theta", rope.theta, "it must exceed 1", "V4 has 10000 and 160000")
+    for key, value in above_zero.items():
+        if not value > 0:
+            _refuse(key, value, "it must be above 0", "choose a positive number")
+    not_negative = {
+        "attention.indexer.loss_weight": attention.indexer.loss_weight,
+        "moe.balance_loss_weight": moe.balance_loss_weight,
+        "moe.bias_update_speed": moe.bias_update_speed,
+        "mtp.loss_weight": config.mtp.loss_weight,
+    }
+    for key, value in not_negative.items():
+        if not value >= 0:
+            _refuse(key, value, "it can't be negative", "use 0 to switch it off")
 
 
 def _refuse(key: str, value: object, rule: str, remedy: str) -> None:

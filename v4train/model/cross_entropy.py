@@ -12,10 +12,11 @@ CHUNK_BYTES = 64 * 2**20  # fp32 logits held at a time
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         total = full(x.new_zeros(()))
         x_gradient = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         weight_gradient = full(torch.zeros_like(weight)) if ctx.needs_input_grad[1] else None
+        x, weight = x.to(dtype), weight.to(dtype)
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         for begin in range(0, x.shape[0], rows):
             chunk, target = x[begin : begin + rows], targets[begin : begin + rows]
@@ -42,9 +43,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         x_gradient, weight_gradient = ctx.saved_tensors
-        x_gradient = None if x_gradient is None else x_gradient * gradient.to(x_gradient.dtype)
+        x_gradient = None if x_gradient is None else x_gradient * gradient  # 0-dim: no rounding of it, no promotion
         weight_gradient = None if weight_gradient is None else weight_gradient * gradient
-        return x_gradient, weight_gradient, None
+        return x_gradient, weight_gradient, None, None
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -54,9 +55,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         x: [T, M]; weight: [V, M]; under autocast both are multiplied in its dtype, softmax and sum stay fp32.
         targets: [T] int64, -100 where ignored.
     """
-    weight_used = weight
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight_used = x.to(dtype), weight.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(x, weight_used, targets)
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if not torch.is_grad_enabled():  # or the function would make gradients of its leaves all the same
+        x, weight = x.detach(), weight.detach()
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(x, weight, targets, dtype)

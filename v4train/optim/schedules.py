@@ -26,6 +26,8 @@ class ScheduleConfig:
             value = getattr(self, key)
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"schedule.{key}", value, "must be between 0 and 1", "give a share, not a percentage")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ConfigError("schedule.learning_rate", self.learning_rate, "it can't be negative", "try 1e-3")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ConfigError("schedule.warmup_steps", self.warmup_steps, "must not be negative", "use 0 for none")
 

@@ -45,6 +45,9 @@ REFUSED = {
 def check_deepspeed_keys(extra: Mapping[str, Any]) -> None:
     """Raise ConfigError for a key of `parallelism.deepspeed` that one of our own settings decides."""
     nested = extra.get("zero_optimization") or {}
+    if not isinstance(nested, Mapping):
+        key = "parallelism.deepspeed.zero_optimization"
+        raise ConfigError(key, nested, "a group of keys is expected", "set single keys of it")
     for key, remedy in REFUSED.items():
         parent, _, child = key.rpartition(".")
         holder = nested if parent else extra

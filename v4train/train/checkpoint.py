@@ -93,14 +93,14 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
         _sync_folder(folder)
-        _prune(folder, keep)
+        _prune(folder, step, keep)
     _barrier()
     return final
 
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint under `folder` that is whole; torn or altered ones are named in a warning and skipped."""
-    for path in sorted(folder.glob("step_*"), reverse=True):
+    for path in sorted(folder.glob("step_*"), key=_step, reverse=True):
         problem = damage(path)
         if problem is None:
             return path
@@ -154,10 +154,19 @@ class Reader:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _prune(folder: Path, keep: int) -> None:
-    paths = sorted(folder.glob("step_*"))
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Leave the `keep` newest up to `step`; what lies beyond is a future that a damaged checkpoint cut off."""
+    abandoned = [path for path in folder.glob("step_*") if _step(path) > step]
+    for path in [*abandoned, *folder.glob(".step_*.tmp")]:
+        shutil.rmtree(path, ignore_errors=True)
+    paths = sorted(folder.glob("step_*"), key=_step)
     for path in paths[: len(paths) - keep] if keep else []:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _step(path: Path) -> int:
+    number = path.name.removeprefix("step_")
+    return int(number) if number.isdigit() else -1
 
 
 def _sha256(path: Path, durable: bool = False) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from v4train.analysis.parameters import parameter_counts
 from v4train.config import Settings
 from v4train.data import load_data
 from v4train.errors import ConfigError
 from v4train.model import build_model
+from v4train.model.counts import parameter_counts
 from v4train.parallel.engine import Engine
 from v4train.parallel.topology import start_distributed, stop_distributed
 from v4train.train import checkpoint
@@ -46,7 +46,7 @@ def run(settings: Settings) -> dict[str, float]:
     start = _agree_on_start(directory, settings)
     setup_logging(directory.path, settings.topology.rank)
     reader = checkpoint.Reader(start) if start else None
-    if reader and reader.manifest["step"] >= settings.train.total_steps:
+    if reader and reader.manifest["step"] >= settings.train.total_steps and directory.summary.is_file():
         logger.info(
             "run %s is finished at step %d: %s\nto start anew: run.overwrite=true, or another run.name=",
             settings.run.name,
@@ -161,12 +161,15 @@ def _finish(trainer: Trainer) -> dict[str, float]:
     }
     if trainer.topology.rank == 0:
         directory = trainer.directory
-        entropy = trainer.validation["unigram_entropy"]
-        loss_plot(read_metrics(directory.metrics), directory.loss_plot, trainer.settings.run.name, entropy)
-        trainer.tracker.image("loss_plot", directory.loss_plot, trainer.step)
+        try:
+            entropy = trainer.validation["unigram_entropy"]
+            loss_plot(read_metrics(directory.metrics), directory.loss_plot, trainer.settings.run.name, entropy)
+            trainer.tracker.image("loss_plot", directory.loss_plot, trainer.step)
+        except ValueError as error:  # no finite loss: the run diverged, and its summary says so
+            logger.warning("no loss plot: %s", error)
         trainer.tracker.summary(summary)
-        write_summary(directory.summary, summary)
         _show_end(trainer, text)
+        write_summary(directory.summary, summary)  # last: a run that has one is finished
     trainer.tracker.finish()
     return trainer.validation
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from v4train.errors import ConfigError
 from v4train.train import checkpoint
@@ -41,13 +42,18 @@ class RunDirectory:
                 checkpoint of another model or other data (naming the key).
         """
         exists = self.path.exists() and any(self.path.iterdir())
-        if exists and not self.config.is_file():
+        if exists and not self.holds_run():
             rule = "the folder exists and holds no run"
             raise ConfigError("run.dir", self.path, rule, "choose another run.name or run.dir")
         if exists and not overwrite and resume != "auto":
             rule = "a run of that name exists"
             raise ConfigError("checkpoint.resume", resume, rule, "use run.overwrite=true or another run.name")
         start = Path(resume) if resume not in ("auto", "never") else None
+        if start and overwrite and start.resolve().is_relative_to(self.path.resolve()):
+            rule = "run.overwrite=true would delete it"
+            raise ConfigError("checkpoint.resume", resume, rule, "use another run.name for the new run")
+        if start and (problem := checkpoint.damage(start)):
+            raise ConfigError("checkpoint.resume", resume, f"it is damaged ({problem})", "name one that is whole")
         if exists and resume == "auto" and not overwrite:
             start = checkpoint.newest(self.checkpoints)
             if start is None and any(self.checkpoints.glob("step_*")):
@@ -57,9 +63,17 @@ class RunDirectory:
             self._check_same(start, resolved)
         return start
 
+    def holds_run(self) -> bool:
+        """Whether the folder is a run's: only such a one is ever written to or deleted."""
+        try:
+            saved = OmegaConf.load(self.config)
+        except (OSError, YAMLError):
+            return False
+        return OmegaConf.is_dict(saved) and {"run", "model", "train", "checkpoint"} <= saved.keys()
+
     def prepare(self, overwrite: bool, resolved: dict[str, Any]) -> None:
         """Make the folder, empty if `overwrite`, and write config.yaml. Rank 0 only, before the others read."""
-        if overwrite and self.config.is_file():
+        if overwrite and self.holds_run():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(resolved), self.config)

@@ -15,7 +15,7 @@ def generate(
 
     Args:
         logits_of: token ids [1, S] to logits [1, S, V]. Called the same number of times on every rank, since a forward
-            may hold collectives.
+            may hold collectives. Logits that are not finite end the text.
         length: tokens to add.
         temperature: 0 takes the likeliest token.
         seed: of the sampling; the result is a function of it and the model.
@@ -24,6 +24,8 @@ def generate(
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     for _ in range(length):
         logits = logits_of(torch.tensor([ids]))[0, -1].float().cpu()
+        if not torch.isfinite(logits).all():  # a diverged model has nothing to say
+            break
         logits[tokenizer.vocab_size :] = -torch.inf  # the corpus may have filled fewer entries than the model embeds
         if temperature == 0:
             ids.append(int(logits.argmax()))

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask a run to stop at the next step edge; a second SIGINT stops it at once."""
+"""SIGINT, SIGTERM and SIGHUP ask a run to stop at the next step edge; a second SIGINT stops it at once."""
 
 import signal
 from types import FrameType
@@ -12,7 +12,7 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -21,7 +21,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # torchrun passes its own SIGINT on as SIGTERM, so only a second SIGINT is the user's impatience.
+        # Schedulers and torchrun may repeat a SIGTERM; a second SIGINT is the user's impatience.
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True

@@ -3,6 +3,7 @@
 import logging
 import math
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Trainer:
         )
         self.accumulation = self.train.global_batch_size // (self.train.micro_batch_size * self.topology.data_size)
         self.step = 0
+        self.restored_step: int | None = None
         self.interrupted = False
         self.validation: dict[str, float] = {}
         self.metrics = MetricsFile(directory.metrics) if self.topology.rank == 0 else None
@@ -86,17 +88,17 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to `last_step`, or to the step edge after a signal; then validate and save."""
-        validated = saved = None
+        validated, saved = self.validation.get("step"), self.restored_step
         with Progress(self.train.total_steps, self.step, self.topology.rank) as progress, StopRequest() as stop:
             while self.step < self.last_step and not self.interrupted:
                 record = self.train_step(stop)
                 progress.update(self.step, record["loss"], record["tokens_per_second"], lr=record["lr"])
-                if self.step % self.train.log_every == 0:
+                if self.step % self.train.log_every == 0 or self.step == self.last_step or self.interrupted:
                     self.log(record)
                 if _due(self.step, self.train.validate_every):
                     self.validate(progress)
                     validated = self.step
-                if _due(self.step, self.settings.checkpoint.every):
+                if _due(self.step, self.settings.checkpoint.every) and self.step < self.last_step:
                     self.save()
                     saved = self.step
             if validated != self.step and not self.interrupted:
@@ -120,10 +122,12 @@ class Trainer:
                 losses[name] = losses.get(name, 0) + value.detach()
         rate = learning_rate(self.step, self.train.total_steps, self.settings.schedule)
         result = self.engine.step(rate)
-        violation = self._balance_routers()
+        if not result.finite:
+            logger.warning("step %d: the gradient is not finite; the update is skipped", self.step + 1)
+        violation = self._balance_routers(result.finite)
         self.step += 1
         sums = all_sum({**losses, "stop": float(stop.requested)}, self.topology.device)
-        self.interrupted = sums.pop("stop") > 0
+        self.interrupted = sums.pop("stop") > 0 and self.step < self.last_step
         seconds = time.perf_counter() - started
         parts = self.accumulation * self.topology.data_size
         return {
@@ -132,6 +136,7 @@ class Trainer:
             **{name: value / parts for name, value in sums.items()},
             "lr": rate,
             "grad_norm": result.grad_norm,
+            "skipped": not result.finite,
             "tokens_per_second": self.train.tokens_per_step / seconds,
             "mfu": self.train.tokens_per_step / seconds * self.flops_share,
             "memory_gib": _peak_memory_gib(self.topology.device),
@@ -168,6 +173,7 @@ class Trainer:
         totals = all_sum(sums, self.topology.device)
         loss, entropy = totals["nats"] / int(counts.sum()), unigram_entropy(counts)
         self.validation = {
+            "step": self.step,
             "val_loss": loss,
             "val_bits_per_byte": totals["nats"] / math.log(2) / totals["bytes"],
             "val_tokens": int(counts.sum()),
@@ -179,7 +185,7 @@ class Trainer:
             f"{self.validation['val_bits_per_byte']:.4f} bits/byte, "
             f"{entropy - loss:.4f} below the unigram entropy {entropy:.4f}"
         )
-        self.log({"step": self.step, "tokens": self.tokens, **self.validation})
+        self.log({"tokens": self.tokens, **self.validation})
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to W&B."""
@@ -209,7 +215,7 @@ class Trainer:
             for name, buffer in own.items():
                 buffer.copy_(saved[name])
         state = reader.manifest["state"]
-        self.step = reader.manifest["step"]
+        self.step = self.restored_step = reader.manifest["step"]
         self.loader.load_state_dict(state["loader"])
         self.validation = state["validation"]
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
@@ -227,13 +233,14 @@ class Trainer:
         self.model.losses.denominators = {name: max(total, 1.0) / parts for name, total in totals.items()}
         self.model.losses.scale = 1 / self.accumulation
 
-    def _balance_routers(self) -> float:
-        """Move each selection bias against the load of the global batch; the worst layer's max violation."""
+    def _balance_routers(self, finite: bool) -> float:
+        """Move each selection bias against the load of the global batch, unless the step was skipped; the worst
+        layer's max violation."""
         routers = list(self.model.routers().values())
         if not routers:
             return 0.0
         loads = all_sum_tensor(torch.stack([router.take_load() for router in routers]))
-        for router, load in zip(routers, loads, strict=True):
+        for router, load in zip(routers, loads, strict=True) if finite else ():
             router.update_bias(load, self.settings.model.moe.bias_update_speed)
         return max(float(max_violation(load)) for load in loads)
 
@@ -249,4 +256,5 @@ def _due(step: int, every: int) -> bool:
 def _peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -32,7 +32,7 @@ def compress(kv: Tensor, gate: Tensor, position_bias: Tensor, blocks: Blocks, ov
         gate_previous = _shift(gate_next).masked_fill(~blocks.has_previous[..., None, None], -torch.inf)
         kv = torch.cat([_shift(kv_next), kv], dim=2)
         gate = torch.cat([gate_previous, gate], dim=2)
-    return (kv * gate.softmax(dim=2).to(kv.dtype)).sum(dim=2)
+    return (kv * gate.softmax(dim=2).to(kv.dtype)).sum(dim=2).to(kv.dtype)  # CUDA autocast sums in fp32
 
 
 def _shift(x: Tensor) -> Tensor:

@@ -18,12 +18,9 @@ from v4train.model.precision import full, full_precision
 
 
 @dataclass
-class IndexInputs:
-    """What the lightning indexer scores with, and what to do with the scores."""
+class IndexUse:
+    """What is done with the lightning indexer's scores."""
 
-    query: Tensor  # [B, S, I, J], rotated
-    keys: Tensor  # [B, N, J], rotated
-    head_weight: Tensor  # [B, S, I], both scale factors included
     top_k: int
     select: bool  # attend to the top-k only (sparse mode)
     with_loss: bool  # compute the KL to the main attention
@@ -79,8 +76,10 @@ def attend(
     window: int,
     entries: Tensor | None = None,
     blocks: Blocks | None = None,
-    index: IndexInputs | None = None,
-    chunk: int = 128,
+    scored: tuple[Tensor, Tensor, Tensor] | None = None,
+    index: IndexUse | None = None,
+    *,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """Joint softmax over the last `window` tokens, the compressed entries and the sink.
 
@@ -89,13 +88,15 @@ def attend(
         sink: [H] logits that join the denominator and carry no value.
         starts: [B, S] first token of each token's document; nothing before it is seen.
         entries: [B, N, D] rotated compressed entries laid out by `blocks`.
-        index: if given, restricts the entries to the indexer's choice and/or trains the indexer.
+        scored: what the indexer scores with, as `index_scores` takes it: query [B, S, I, J] and keys [B, N, J], both
+            rotated, and head weights [B, S, I]; with `index`, which says whether the scores restrict the entries to
+            the top-k, train the indexer, or both.
         chunk: queries computed at a time; changes memory and speed, not the result.
 
     Returns:
         (output [B, S, H, D], sum over queries of the indexer's KL, fp32 scalar).
     """
-    scored = (None, None, None) if index is None else (index.query, index.keys, index.head_weight)
+    scored = scored or (None, None, None)
     with full_precision(query.device.type):
         return _Attend.apply(query, kv, sink, entries, *scored, _Layout(starts, window, blocks, index, chunk))
 
@@ -107,7 +108,7 @@ class _Layout:
     starts: Tensor
     window: int
     blocks: Blocks | None
-    index: IndexInputs | None
+    index: IndexUse | None
     chunk: int
 
     def chunks(self) -> list[tuple[int, int]]:
@@ -151,11 +152,12 @@ class _Attend(torch.autograd.Function):
         query, kv, sink, entries, *scored, output, normaliser = ctx.saved_tensors
         layout, scale = ctx.layout, query.shape[-1] ** -0.5
         inputs = (query, kv, sink, entries, *scored)
-        gradients = [None if tensor is None else torch.zeros_like(tensor) for tensor in inputs]
+        # fp32 sums: many chunks add to the same entry
+        gradients = [None if tensor is None else full(torch.zeros_like(tensor)) for tensor in inputs]
         query_gradient, kv_gradient, sink_gradient, entry_gradient, *scored_gradients = gradients
         learning = layout.index is not None and layout.index.with_loss
         correction = (full(output) * full(output_gradient)).sum(-1)  # sum over keys of weight * its gradient
-        sink_gradient -= (torch.exp(full(sink) - normaliser) * correction).sum((0, 1)).to(sink.dtype)
+        sink_gradient -= (torch.exp(full(sink) - normaliser) * correction).sum((0, 1))
         for begin, stop in layout.chunks():
             keys, logits, attended, _ = _chunk_logits(query, kv, entries, scored, layout, begin, stop)
             weights = logits.sub_(normaliser[:, begin:stop, :, None]).exp_()
@@ -174,7 +176,8 @@ class _Attend(torch.autograd.Function):
             kv_gradient[:, layout.oldest(begin) : stop] += key_gradient[:, :near]
             if entry_gradient is not None:
                 entry_gradient[:, : layout.num_entries(stop)] += key_gradient[:, near:]
-        return query_gradient, kv_gradient, sink_gradient, entry_gradient, *scored_gradients, None
+        cast = (None if g is None else g.to(tensor.dtype) for g, tensor in zip(gradients, inputs, strict=True))
+        return *cast, None
 
 
 def _chunk_logits(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from v4train.model.attention.compressor import Compressor
-from v4train.model.attention.core import IndexInputs, attend
+from v4train.model.attention.core import IndexUse, attend
 from v4train.model.attention.indexer import Indexer
 from v4train.model.attention.shared_kv import SharedKVAttention
 from v4train.model.config import ModelConfig
@@ -35,14 +35,14 @@ class CompressedSparseAttention(SharedKVAttention):
         entry_rotation = rotations(blocks.positions, options.rope_dim, self.rope)
         entries = rotate(self.compressor(x, blocks), entry_rotation)
         learning = self.training and self.mode != "dense"
-        index = None
+        scored = index = None
         if learning or self.mode == "sparse":
             # The indexer learns by its own loss alone, so nothing flows back from it (V4.md 2.3).
             with torch.set_grad_enabled(learning and torch.is_grad_enabled()):
                 scored = self.indexer(x.detach(), latent.detach(), blocks, rotation, entry_rotation)
-            index = IndexInputs(*scored, options.indexer.top_k, select=self.mode == "sparse", with_loss=learning)
+            index = IndexUse(options.indexer.top_k, select=self.mode == "sparse", with_loss=learning)
         output, kl = attend(
-            query, kv, self.sink, starts, options.window, entries, blocks, index, chunk=options.query_chunk
+            query, kv, self.sink, starts, options.window, entries, blocks, scored, index, chunk=options.query_chunk
         )
         if learning:
             kl = self.losses.mean("indexer_kl", kl, (blocks.end > blocks.first).sum())

@@ -94,12 +94,12 @@ def balanced_table(vocab_size: int, num_experts: int, top_k: int, generator: tor
     DeepSeek's own hash is not disclosed (V4.md 0, trap 7). Token v takes K consecutive slots of an endless deal of
     shuffled decks, where a deck that would repeat an expert within a token is dealt with those moved to its end.
     """
-    table, hand = torch.empty(vocab_size, top_k, dtype=torch.long), []
+    table, hand = torch.empty(vocab_size, top_k, dtype=torch.long, device="cpu"), []
     for token in range(vocab_size):
         carried = hand
         if len(hand) < top_k:
-            deck = torch.randperm(num_experts, generator=generator).tolist()
+            deck = torch.randperm(num_experts, generator=generator, device="cpu").tolist()
             hand = carried + [e for e in deck if e not in carried] + [e for e in deck if e in carried]
-        table[token] = torch.tensor(hand[:top_k])
+        table[token] = torch.tensor(hand[:top_k], device="cpu")
         hand = hand[top_k:]
-    return table[torch.randperm(vocab_size, generator=generator)]
+    return table[torch.randperm(vocab_size, generator=generator, device="cpu")]

@@ -2,7 +2,8 @@
 
 import torch
 
-from v4train.model import ModelConfig, Transformer
+from v4train.model.config import ModelConfig
+from v4train.model.transformer import Transformer
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:

@@ -1,0 +1,31 @@
+"""Train the tokenizer of a configuration, or take it from the cache, and write it as tokenizer.json.
+
+    python tools/train_tokenizer.py out=tokenizer.json data=text data.path=my_texts/ model.vocab_size=8192
+
+`out` is the file to write; everything else is an override of conf/, as in launch/pretrain.py.
+"""
+
+import sys
+
+from v4train.config import load, settings
+from v4train.data import find_documents, load_tokenizer
+from v4train.errors import ConfigError
+
+
+def main(arguments: list[str]) -> None:
+    out = [argument.removeprefix("out=") for argument in arguments if argument.startswith("out=")]
+    if len(out) != 1 or not out[0]:
+        raise ConfigError("out", out, "exactly one file to write is needed", "give out=tokenizer.json")
+    checked = settings(load([argument for argument in arguments if not argument.startswith("out=")]))
+    documents = find_documents(checked.data)
+    tokenizer = load_tokenizer(checked.tokenizer, documents)
+    tokenizer.save(out[0])
+    print(f"{out[0]}: {tokenizer.vocab_size} entries from {len(documents.train)} documents of {documents.source}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
