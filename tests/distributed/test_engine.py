@@ -12,17 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from tests.distributed.engine_worker import INJECTIONS, STEPS, make_model, train_plainly
 from tests.distributed.launch import ROOT, launch
+from tests.shipped import shipped
 from v4train.errors import ConfigError
 from v4train.parallel.deepspeed_config import deepspeed_config
 from v4train.parallel.topology import ParallelismConfig, first_node, make_topology, read_ranks, rendezvous
 
 pytestmark = pytest.mark.distributed
 
-PRESETS = ROOT / "conf" / "parallelism"
 STAGES = (0, 1, 2, 3)
 SAVE_AT = 3
 CLIP = 0.05  # the AdamW part of the gradient has a norm of 0.1 to 0.2
@@ -239,7 +238,7 @@ def test_plain_python_is_a_quiet_world_of_one(tmp_path):
 
 
 def layout(preset: str = "auto", **overrides) -> ParallelismConfig:
-    return ParallelismConfig(**(OmegaConf.to_container(OmegaConf.load(PRESETS / f"{preset}.yaml")) | overrides))
+    return ParallelismConfig(**(shipped("parallelism", preset) | overrides))
 
 
 @pytest.mark.parametrize(

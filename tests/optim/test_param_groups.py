@@ -1,21 +1,17 @@
 """Which optimizer gets which parameter."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
+from tests.shipped import shipped
 from v4train.errors import ConfigError
 from v4train.optim.param_groups import OptimizerConfig, param_groups, parameter_counts
-
-CONF = Path(__file__).resolve().parents[2] / "conf" / "optimizer"
 
 
 def optimizer(preset, **overrides):
     """The shipped YAML as it stands."""
-    return OptimizerConfig(**(OmegaConf.to_container(OmegaConf.load(CONF / f"{preset}.yaml")) | overrides))
+    return OptimizerConfig(**(shipped("optimizer", preset) | overrides))
 
 
 class Model(nn.Module):

@@ -1,22 +1,19 @@
 """Learning rates in closed form."""
 
 import math
-from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
+from tests.shipped import shipped
 from v4train.errors import ConfigError
 from v4train.optim.schedules import ScheduleConfig, learning_rate
-
-CONF = Path(__file__).resolve().parents[2] / "conf" / "schedule"
 
 V4 = {"learning_rate": 2.7e-4, "final_ratio": 0.1, "warmup_steps": 20, "decay_fraction": 0.25}
 
 
 def schedule(**overrides):
     """The shipped YAML with some values changed."""
-    return ScheduleConfig(**(OmegaConf.to_container(OmegaConf.load(CONF / "cosine.yaml")) | overrides))
+    return ScheduleConfig(**(shipped("schedule", "cosine") | overrides))
 
 
 def test_the_three_parts_in_closed_form():
