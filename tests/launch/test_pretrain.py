@@ -98,6 +98,33 @@ def test_a_finished_run_says_so_and_is_not_touched(finished, base):
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")}
 
 
+def test_a_run_killed_just_before_its_summary_gets_it_when_started_again(finished, base):
+    summary = finished[0] / "summary.json"
+    before = json.loads(summary.read_text())
+    summary.unlink()
+    result = pretrain(*tiny(base, "whole", "train.sample_tokens=5"), cwd=base)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(summary.read_text()) == before
+    steps = [record["step"] for record in read_metrics(finished[0] / "metrics.jsonl") if "loss" in record]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_every_rank_refuses_what_rank_0_finds_in_the_run_directory(finished, base):
+    """One line, and code 2 from both ranks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *command()[1:]]
+    result = subprocess.run(
+        [*torchrun, *tiny(base, "whole"), "seed=2"],
+        cwd=base,
+        env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert result.stderr.count("error: seed=2") == 1
+    assert "Traceback" not in result.stderr.split("error: seed=2")[0]
+    assert "exitcode  : 2" in result.stderr and "exitcode  : 1 " not in result.stderr
+
+
 def test_another_model_under_the_same_name_is_refused_in_one_line(finished, base):
     result = pretrain(*tiny(base, "whole", "train.max_steps=12", "model.moe.top_k=3"), cwd=base)
     assert result.returncode == 2

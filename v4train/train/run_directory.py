@@ -15,7 +15,7 @@ from v4train.errors import ConfigError
 from v4train.train import checkpoint
 
 # Keys that a continued run must share with the run it continues: with others it would be another experiment.
-BOUND = ("model", "data", "seed", "tokenizer.vocab_size", "optimizer.name", "train.sequence_length")
+BOUND = ("seed", "model", "data", "tokenizer.vocab_size", "optimizer.name", "train.sequence_length")
 FREE = ("model.attention.query_chunk",)  # changes speed, not results
 
 logger = logging.getLogger("v4train")
