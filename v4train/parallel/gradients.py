@@ -29,11 +29,13 @@ class Gradients(Protocol):
 
 
 def _sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
-    """0-dim float64. Per-tensor norms are float32, their sum is not, so the order of tensors does not matter."""
+    """0-dim float64, inf where float32 cannot hold it. Accumulated in float64: ZeRO 3 keeps one flat buffer, over
+    which float32 loses the sixth digit, and the clipping factor would depend on the stage."""
     tensors = list(tensors)
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+    total = torch.stack(torch._foreach_norm(tensors, dtype=torch.float64)).square().sum()
+    return torch.where(total > torch.finfo(torch.float32).max, torch.inf, total)
 
 
 class WholeGradients:
