@@ -77,6 +77,21 @@ def muon_settings(config: OptimizerConfig) -> dict:
     }
 
 
+def sum_gradients_by_module(model: nn.Module) -> None:
+    """Give ZeRO 0-2 the order of gradient sums that ZeRO 3 has; call it in those stages only.
+
+    ZeRO 3 passes every input of every module through an autograd node. A module that reads its input several times
+    then sums those gradients before the ones from outside are added, and sums of three floats depend on their order.
+    AdamW turns the difference into whole learning rates where a gradient is nothing but rounding (mHC at the start).
+    """
+
+    def through_a_node(module: nn.Module, inputs: tuple) -> tuple:
+        return tuple(x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
+
+    for module in model.modules():
+        module.register_forward_pre_hook(through_a_node)
+
+
 class LossFirst(nn.Module):
     """Returns (loss, output): DeepSpeed 0.19.8 finds the tensors it must hook in tuples and dicts, not in dataclasses.
 

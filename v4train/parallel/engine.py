@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from v4train.optim.param_groups import OptimizerConfig, param_groups, parameter_counts
 from v4train.parallel.deepspeed_config import deepspeed_config
-from v4train.parallel.deepspeed_fixes import LossFirst
+from v4train.parallel.deepspeed_fixes import LossFirst, sum_gradients_by_module
 from v4train.parallel.gradients import gradients_of
 from v4train.parallel.optimizer_state import ADAMW_KEYS, MUON_KEYS, STEP, WEIGHT, adamw_state, state_access
 from v4train.parallel.topology import ParallelismConfig, Topology
@@ -61,6 +61,8 @@ class Engine:
         self._use_muon = {name: group.use_muon for group in self.groups for name in group.parameters}
         self._grad_clip = grad_clip
         self._optimizer = build_optimizer(self.groups, optimizer_config)
+        if parallelism.zero_stage < 3:
+            sum_gradients_by_module(model)
         self._engine, zero, _, _ = deepspeed.initialize(
             model=LossFirst(model),
             optimizer=self._optimizer,
