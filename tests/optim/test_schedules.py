@@ -13,7 +13,7 @@ V4 = {"learning_rate": 2.7e-4, "final_ratio": 0.1, "warmup_steps": 20, "decay_fr
 
 def schedule(**overrides):
     """The shipped YAML with some values changed."""
-    return ScheduleConfig(**(shipped("schedule", "cosine") | overrides))
+    return ScheduleConfig(**(shipped("schedule", "cosine") | {"learning_rate": 1.0} | overrides))
 
 
 def test_the_three_parts_in_closed_form():
@@ -47,12 +47,25 @@ def test_without_warmup_and_decay():
 def test_short_runs_multiply_both_factors():
     config = schedule(learning_rate=1.0, final_ratio=0.0, warmup_steps=4, decay_fraction=1.0, kind="linear")
     assert [learning_rate(step, 2, config) for step in range(2)] == pytest.approx([0.25 * 0.5, 0.0])
-    assert learning_rate(0, 1, schedule(learning_rate=1.0)) == 1.0  # both shares round to no step at all
+    assert learning_rate(0, 1, schedule(min_warmup_steps=0)) == 1.0  # both shares round to no step at all
+
+
+def test_a_share_of_a_short_run_is_no_less_than_the_minimum():
+    config = schedule(warmup_fraction=0.1, min_warmup_steps=8, decay_fraction=0.0)
+    assert [learning_rate(step, 20, config) for step in (0, 7, 8)] == pytest.approx([1 / 8, 1.0, 1.0])
+    assert learning_rate(7, 200, config) == pytest.approx(8 / 20)
 
 
 @pytest.mark.parametrize(
     "override",
-    [{"kind": "step"}, {"final_ratio": 1.5}, {"warmup_fraction": -0.1}, {"decay_fraction": 30}, {"warmup_steps": -1}],
+    [
+        {"kind": "step"},
+        {"final_ratio": 1.5},
+        {"warmup_fraction": -0.1},
+        {"decay_fraction": 30},
+        {"warmup_steps": -1},
+        {"min_warmup_steps": -1},
+    ],
 )
 def test_bad_values_are_refused(override):
     with pytest.raises(ConfigError, match=f"schedule.{next(iter(override))}="):

@@ -14,6 +14,7 @@ class OptimizerConfig:
     """Values and their meaning: conf/optimizer/*.yaml."""
 
     name: str  # muon: Muon on matrices and AdamW on the rest | adamw: AdamW on everything
+    learning_rate: float  # peak of the schedule, which reads it
     betas: tuple[float, float]
     eps: float
     weight_decay: float

@@ -17,6 +17,7 @@ class ScheduleConfig:
     final_ratio: float
     warmup_steps: int | None
     warmup_fraction: float
+    min_warmup_steps: int
     decay_fraction: float
 
     def __post_init__(self) -> None:
@@ -28,8 +29,10 @@ class ScheduleConfig:
                 raise ConfigError(f"schedule.{key}", value, "must be between 0 and 1", "give a share, not a percentage")
         if not 0 <= self.learning_rate < math.inf:
             raise ConfigError("schedule.learning_rate", self.learning_rate, "it can't be negative", "try 1e-3")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ConfigError("schedule.warmup_steps", self.warmup_steps, "must not be negative", "use 0 for none")
+        for key in ("warmup_steps", "min_warmup_steps"):
+            value = getattr(self, key)
+            if value is not None and value < 0:
+                raise ConfigError(f"schedule.{key}", value, "must not be negative", "use 0 for none")
 
 
 def learning_rate(step: int, total_steps: int, config: ScheduleConfig) -> float:
@@ -41,7 +44,7 @@ def learning_rate(step: int, total_steps: int, config: ScheduleConfig) -> float:
     """
     warmup_steps = config.warmup_steps
     if warmup_steps is None:
-        warmup_steps = round(config.warmup_fraction * total_steps)
+        warmup_steps = max(config.min_warmup_steps, round(config.warmup_fraction * total_steps))
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     decay_steps = round(config.decay_fraction * total_steps)
     done = (step + 1 - (total_steps - decay_steps)) / decay_steps if decay_steps else 0.0
