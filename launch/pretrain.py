@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from v4train.config import complete, config_dir, explain, settings
 from v4train.errors import ConfigError
 
-os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach `main`, which says them in one line
+os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `main`, which says them in one line
 
 
 @hydra.main(config_path=str(config_dir()), config_name="pretrain", version_base="1.3")
