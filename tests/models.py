@@ -1,17 +1,25 @@
 """Tiny models for tests: every mechanism, dimensions of a few, all weights random so that nothing hides at zero."""
 
+from dataclasses import replace
+
 import torch
 
 from v4train.model import ModelConfig, Transformer, build_model
 from v4train.model.config import (
     AttentionConfig,
+    FFNConfig,
+    GQAConfig,
     IndexerConfig,
     InitConfig,
+    MLAConfig,
     MoEConfig,
     MTPConfig,
     ResidualConfig,
     RopeConfig,
 )
+
+PLAIN_ROPE = RopeConfig(10000.0, 1.0, 65536, 32.0, 1.0, True, 1.0)
+YARN_ROPE = RopeConfig(160000.0, 16.0, 65536, 32.0, 1.0, True, 1.0)
 
 
 def tiny_config(mix="swa csa hca csa", **changes) -> ModelConfig:
@@ -26,9 +34,12 @@ def tiny_config(mix="swa csa hca csa", **changes) -> ModelConfig:
         window=8,
         csa_compression=4,
         hca_compression=16,
-        rope=RopeConfig(10000.0, 1.0, 65536, 32.0, 1.0),
-        compressed_rope=RopeConfig(160000.0, 16.0, 65536, 32.0, 1.0),
+        rope=replace(PLAIN_ROPE),
+        compressed_rope=replace(YARN_ROPE),
         indexer=IndexerConfig(num_heads=2, head_dim=8, top_k=3, loss_weight=1.0),
+        gqa=GQAConfig(4, 2, 8, 8, False, False, False, None, 1, 0, replace(PLAIN_ROPE)),
+        mla=MLAConfig(4, 12, 10, 6, 4, 8, 1.0, False, None, 1, 0, replace(PLAIN_ROPE)),
+        dsa=IndexerConfig(num_heads=2, head_dim=8, top_k=5, loss_weight=1.0),
         query_chunk=16,
     )
     config = ModelConfig(
@@ -37,11 +48,13 @@ def tiny_config(mix="swa csa hca csa", **changes) -> ModelConfig:
         hidden_size=32,
         num_layers=0,
         attention_mix=mix,
+        ffn_mix="moe",
         norm_eps=1e-6,
         attention=attention,
-        moe=MoEConfig(8, 2, 16, 1, 1.5, 1, 10.0, 1e-2, 1e-3),
+        ffn=FFNConfig(24, None),
+        moe=MoEConfig(8, 2, 16, 1, "sqrtsoftplus", 1, 1, 1.5, False, False, "swiglu", 1, 10.0, 1e-2, 1e-3),
         residual=ResidualConfig("mhc", 4, 20, 1e-6, 0.01, 0.0, 0.0, 0.0),
-        mtp=MTPConfig(1, 0.3),
+        mtp=MTPConfig(1, 0.3, "swa"),
         init=InitConfig(0, 0.1),
     )
     config.num_layers = len(config.layer_kinds)
@@ -68,7 +81,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
                 tensor.copy_(1 + 0.2 * noise)
             elif name.endswith("gates"):
                 tensor.copy_(0.5 + 0.2 * noise)
-            elif tensor.dim() == 1 or name.endswith("position_bias"):
+            elif tensor.dim() == 1 or name.endswith("bias"):
                 tensor.copy_(0.5 * noise)
     return model
 

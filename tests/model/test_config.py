@@ -77,7 +77,39 @@ RULES = [
     ("moe.num_shared_experts", -1, "negative"),
     ("moe.num_hash_layers", -1, "0..4"),
     ("moe.num_hash_layers", 5, "0..4"),
-    ("residual.kind", "highway", "unknown residual.*plain, mhc"),
+    ("residual.kind", "highway", "unknown residual.*plain, hc, mhc"),
+    (
+        "attention_mix",
+        "swa swa gqa:windw=3 csa",
+        "gqa has no option 'windw'; use window, dilation, global_tokens, sink",
+    ),
+    ("attention_mix", "swa swa gqa:window=x csa", "window must be a whole number"),
+    ("attention_mix", "swa swa gqa:sink=1 csa", "sink must be true or false"),
+    ("attention_mix", "swa swa dsa:window=8 csa", "dsa has no option 'window'"),
+    ("attention_mix", "swa swa csa:window=null csa", "window must be a whole number"),
+    ("attention_mix", "swa swa gqa:window=0 csa", "window must be at least 1"),
+    ("attention_mix", "swa swa gqa:window=4:dilation=0 csa", "dilation must be at least 1"),
+    ("attention_mix", "swa swa gqa:dilation=2 csa", "dilation without window.*gqa:window=128:dilation=2"),
+    ("attention_mix", "swa swa mla:global_tokens=2 csa", "global_tokens without window"),
+    ("attention.gqa.num_heads", 0, "at least 1"),
+    ("attention.gqa.num_kv_heads", 3, "num_heads=4 must be a multiple"),
+    ("attention.gqa.rope_dim", 10, "even and at most model.attention.gqa.head_dim=8"),
+    ("attention.gqa.window", 0, "at least 1"),
+    ("attention.mla.kv_lora_rank", 0, "at least 1"),
+    ("attention.mla.rope_dim", 3, "even"),
+    ("attention.mla.rope_dim", 10, "indexer rotates model.attention.mla.rope_dim=10"),
+    ("attention.dsa.top_k", 0, "at least 1"),
+    ("ffn_mix", "moe dense wide", "unknown FFN kind; use one of dense, moe"),
+    ("ffn_mix", "moe*5", "lists 5 layers but model.num_layers is 4"),
+    ("ffn_mix", "", "lists 0 layers"),
+    ("ffn_mix", "dense moe", "hash-routed"),
+    ("ffn.intermediate_size", 0, "at least 1"),
+    ("moe.scoring", "relu", "unknown scoring; use one of sqrtsoftplus, sigmoid, softmax"),
+    ("moe.activation", "gelu", "unknown activation; use one of swiglu, swiglu_oai"),
+    ("moe.num_groups", 3, "num_experts=8 must be a multiple"),
+    ("moe.num_groups", 8, "two experts a group"),
+    ("mtp.attention", "xsa", "unknown attention kind"),
+    ("mtp.attention", "gqa:dilation=3", "dilation without window"),
     ("residual.num_streams", 0, "at least 1"),
     ("residual.sinkhorn_iterations", 0, "at least 1"),
     ("mtp.num_layers", 2, "at most one MTP block"),
@@ -87,6 +119,7 @@ BLAMED = {
     # the key to change, where it is another than the one that was set
     ("num_layers", 5): "attention_mix",
     ("attention.rope_dim", 10): "attention.indexer.head_dim",
+    ("attention.mla.rope_dim", 10): "attention.dsa.head_dim",
 }
 
 
@@ -165,6 +198,46 @@ def test_a_missing_key_is_named(key):
 def test_the_same_from_the_command_line(override, message):
     with pytest.raises(ConfigError, match=message):
         load([override])
+
+
+@pytest.mark.parametrize("section", ["gqa", "mla"])
+@pytest.mark.parametrize(("name", "value"), [("dilation", 2), ("global_tokens", 3)])
+def test_an_option_of_all_layers_needs_a_window(section, name, value):
+    changes = {f"attention__{section}__{name}": value}
+    with pytest.raises(ConfigError, match=f"^model.attention.{section}.{name}={value}: {name} without window"):
+        model_config(tiny_config([section], **changes))
+    model_config(tiny_config([section], **changes, **{f"attention__{section}__window": 4}))
+    with pytest.raises(ConfigError, match=f"{name} without window"):
+        model_config(tiny_config(["swa"], **changes))  # though no layer has it
+    model_config(tiny_config([f"{section}:window=4"], **changes))
+
+
+def test_chosen_groups_must_hold_enough_experts():
+    changes = {"moe__num_groups": 4, "moe__top_k_groups": 1}
+    with pytest.raises(ConfigError, match="^model.moe.top_k=3: the chosen groups hold 2 experts"):
+        model_config(tiny_config(**changes, moe__top_k=3))
+    with pytest.raises(ConfigError, match="^model.moe.top_k_groups=5: it exceeds model.moe.num_groups=4"):
+        model_config(tiny_config(moe__num_groups=4, moe__top_k_groups=5))
+
+
+def test_options_of_single_layers():
+    config = tiny_config("(gqa:window=5:sink=true gqa)*2 swa:window=3 mla:window=null")
+    layers = config.layers
+    assert [layer.kind for layer in layers] == ["gqa", "gqa", "gqa", "gqa", "swa", "mla"] == config.layer_kinds
+    assert [layer.options.window for layer in layers] == [5, None, 5, None, 3, None]
+    assert [layer.options.sink for layer in layers[:4]] == [True, False, True, False]
+    assert config.attention.gqa.window is None and config.attention.window == 8  # the sections stay as they are
+
+
+def test_the_last_ffn_fills_the_rest():
+    assert tiny_config("swa*4", ffn_mix="dense*2 moe").ffn_kinds == ["dense", "dense", "moe", "moe"]
+    assert tiny_config("swa*4", ffn_mix=["dense", "moe", "dense"]).ffn_kinds == ["dense", "moe", "dense", "dense"]
+    assert tiny_config("swa*2", ffn_mix="moe").ffn_kinds == ["moe", "moe"]
+
+
+def test_a_mix_with_options_from_the_command_line():
+    config = model_config(load(["model=gpt_oss_small", "model.attention_mix='(gqa:window=16 mla)*3'"]).model)
+    assert [layer.options.window for layer in config.layers] == [16, None] * 3
 
 
 def test_any_mix_is_one_override():

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.model.memory import LargestTensor
 from tests.model.packings import ids_of, layouts, same_document, visible_entries
-from v4train.model.attention.core import IndexUse, attend, index_scores, indexer_kl, select_top_k
+from v4train.model.attention.core import Entries, IndexUse, Local, attend, index_scores, indexer_kl, select_top_k
 from v4train.model.documents import compression_blocks, document_starts
 
 WINDOW, RATIO, TOP_K = 6, 4, 2
@@ -85,9 +85,9 @@ class Case:
     def attend(self, chunk, select=False, with_loss=False):
         indexed = select or with_loss
         scored, index = (self.index, IndexUse(TOP_K, select, with_loss)) if indexed else (None, None)
-        blocks = None if self.entries is None else self.blocks
-        seen = (self.starts, WINDOW, self.entries, blocks)
-        return attend(self.query, self.kv, self.sink, *seen, scored, index, chunk=chunk)
+        entries = None if self.entries is None else Entries(self.entries[:, None], None, self.blocks)
+        local = Local(self.kv[:, None], None, self.starts, WINDOW)
+        return attend(self.query, local=local, entries=entries, sink=self.sink, scored=scored, index=index, chunk=chunk)
 
     def naive(self, select=False, with_loss=False):
         attended = self.visible
@@ -192,8 +192,9 @@ def test_recomputation_frees_what_attention_was_given():
     def attention(query, kv, entries, *index):
         made = [x * 1 for x in (query, kv, entries, *index)]
         alive[:] = [weakref.ref(x) for x in made]
-        seen = (case.starts, WINDOW, made[2], case.blocks)
-        return attend(*made[:2], case.sink, *seen, made[3:], IndexUse(TOP_K, True, True), chunk=16)
+        local = Local(made[1][:, None], None, case.starts, WINDOW)
+        entries, index = Entries(made[2][:, None], None, case.blocks), IndexUse(TOP_K, True, True)
+        return attend(made[0], local=local, entries=entries, sink=case.sink, scored=made[3:], index=index, chunk=16)
 
     output, kl = checkpoint(attention, case.query, case.kv, case.entries, *case.index, use_reentrant=False)
     gc.collect()

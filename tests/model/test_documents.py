@@ -59,7 +59,9 @@ def test_every_field_of_blocks(ratio, rows):
     visible = visible_entries(ids, ratio)
     length = ids.shape[1]
     assert torch.equal(blocks.visible(0, length), visible)
-    assert torch.equal(blocks.visible(length // 3, length // 2), visible[:, length // 3 : length // 2])
+    begin, stop = length // 3, length // 2
+    assert torch.equal(blocks.visible(begin, stop), visible[:, begin:stop, : stop // ratio])
+    assert not visible[:, begin:stop, stop // ratio :].any()
     assert torch.equal(blocks.end - blocks.first, visible.sum(-1))
 
 

@@ -1,4 +1,4 @@
-"""The first losses of `flash_small`, which a refactoring must not move: tests/golden/flash_small.json.
+"""The first losses of every small model, which a refactoring must not move: tests/golden/<model>.json.
 
 After a change that is meant to move them, and says so in its commit: python -m tests.model.test_golden
 """
@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from tests.model.packings import ids_of, shifted
-from v4train.config import load
+from v4train.config import config_dir, load
 from v4train.model import build_model
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "flash_small.json"
+GOLDEN = Path(__file__).parents[1] / "golden"
+MODELS = ("flash_small", "v3_small", "v32_small", "gpt_oss_small", "dense_small")
 STEPS, LAYOUT, LEARNING_RATE = 5, [150, -6, 100], 0.02
-# Fewer than the 64 entries of so short a sequence, or nothing would be selected.
-OVERRIDES = ["model=flash_small", "model.attention.indexer.top_k=16"]
+# Fewer than the 64 entries and 250 tokens of so short a sequence, or nothing would be selected.
+OVERRIDES = ["model.attention.indexer.top_k=16", "model.attention.dsa.top_k=64"]
 
 
-def first_losses() -> list[dict[str, float]]:
+def first_losses(name: str) -> list[dict[str, float]]:
     """All losses of each step: fp32, plain SGD (Adam's first steps would amplify rounding), skewed random tokens."""
-    model = build_model(load(OVERRIDES).model)
+    model = build_model(load([f"model={name}", *OVERRIDES]).model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     generator, ids = torch.Generator().manual_seed(0), ids_of(LAYOUT)
     history = []
@@ -35,15 +36,20 @@ def first_losses() -> list[dict[str, float]]:
     return history
 
 
-def test_first_losses_have_not_moved():
-    expected = json.loads(GOLDEN.read_text())
-    ours = first_losses()
+@pytest.mark.parametrize("name", MODELS)
+def test_first_losses_have_not_moved(name):
+    expected = json.loads((GOLDEN / f"{name}.json").read_text())
+    ours = first_losses(name)
     assert len(ours) == len(expected) == STEPS
     for step, (now, before) in enumerate(zip(ours, expected, strict=True)):
         assert now == pytest.approx(before, abs=1e-4), f"step {step + 1}"
     assert expected[-1]["lm_loss"] < expected[0]["lm_loss"] - 0.3  # it does train
 
 
+def test_every_small_model_has_its_losses():
+    assert {path.stem for path in (config_dir() / "model").glob("*_small.yaml")} == set(MODELS)
+
+
 if __name__ == "__main__":
-    GOLDEN.parent.mkdir(exist_ok=True)
-    GOLDEN.write_text(json.dumps(first_losses(), indent=1) + "\n")
+    for model in MODELS:
+        (GOLDEN / f"{model}.json").write_text(json.dumps(first_losses(model), indent=1) + "\n")

@@ -11,9 +11,18 @@ from v4train.model import Transformer, build_model, model_config
 from v4train.model.init import initial_value
 
 
-@pytest.mark.parametrize(("name", "total"), [("flash", 284_332_230_231), ("pro", 1_572_997_179_491)])
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("flash", 284_332_230_231),
+        ("pro", 1_572_997_179_491),
+        ("v3", 671_026_404_352),  # 671 B
+        ("v32", 671_026_404_352 + 61 * 13_959_424),  # and its indexers
+        ("gpt_oss", 116_829_156_672),  # 116.8 B
+    ],
+)
 def test_published_sizes(name, total):
-    """V4.md 1.3: the released shapes, without MTP."""
+    """V4.md 1.3: the released shapes, without MTP; gpt-oss: its model card."""
     config = model_config(load([f"model={name}", "model.mtp.num_layers=0"]).model)
     with torch.device("meta"):
         model = build_model(config)
@@ -34,6 +43,37 @@ def test_flash_small_divides_and_is_small():
     visible = config.train.sequence_length // attention.csa_compression
     assert attention.indexer.top_k < visible / 2  # or sparse attention would be dense
     assert config.train.sequence_length >= 2 * attention.hca_compression
+
+
+@pytest.mark.parametrize("name", ["v3_small", "v32_small", "gpt_oss_small", "dense_small"])
+def test_small_siblings_have_the_size_and_the_shape(name):
+    """As many layers and channels as flash_small; kinds, FFNs and routing of the large one."""
+    small, flash = (model_config(load([f"model={each}"]).model) for each in (name, "flash_small"))
+    for key in ("vocab_size", "hidden_size", "num_layers"):
+        assert getattr(small, key) == getattr(flash, key)
+    if name == "dense_small":
+        assert set(small.layer_kinds) == {"gqa"} and set(small.ffn_kinds) == {"dense"}
+        return
+    large = model_config(load([f"model={name.removesuffix('_small')}"]).model)
+    assert set(small.layer_kinds) == set(large.layer_kinds) and set(small.ffn_kinds) == set(large.ffn_kinds)
+    for key in ("scoring", "router_bias", "expert_bias", "activation", "num_hash_layers", "swiglu_limit"):
+        assert getattr(small.moe, key) == getattr(large.moe, key)
+    for key in ("bias", "sink", "qk_norm"):
+        assert getattr(small.attention.gqa, key) == getattr(large.attention.gqa, key)
+    assert small.residual.kind == large.residual.kind == "plain"
+    assert (small.moe.num_groups > 1) == (large.moe.num_groups > 1)
+
+
+def test_hyper_connections_start_as_in_the_paper():
+    """Each site reads one stream in turn, writes to all, mixes none (arXiv 2409.19606)."""
+    model = build_model(tiny_config("gqa gqa gqa", residual__kind="hc"))
+    for block in range(3):
+        for site, residual in enumerate((model.blocks[block].attention_residual, model.blocks[block].ffn_residual)):
+            pre, post, mixing = residual.static_bias.split([4, 4, 16])
+            assert pre.tolist() == [float(stream == (2 * block + site) % 4) for stream in range(4)]
+            assert post.tolist() == [1.0] * 4 and torch.equal(mixing.view(4, 4), torch.eye(4))
+            assert residual.gates.tolist() == pytest.approx([0.01] * 3)
+    assert model.mtp.block.ffn_residual.static_bias[:4].tolist() == [0.0, 0.0, 0.0, 1.0]
 
 
 def values(model):

@@ -69,10 +69,11 @@ def assert_same(ours, theirs, tolerance=1e-11):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mix", ["swa csa hca csa", "dsa gqa dsa"])
 @pytest.mark.parametrize("recompute", [None, False, True], ids=["stored", "recomputed", "recomputed, reentrant"])
-def test_attached_gradients_equal_those_of_the_explicit_sum(mode, recompute, monkeypatch):
-    expected, values = explicit(fresh(mode), monkeypatch)
-    model = fresh(mode)
+def test_attached_gradients_equal_those_of_the_explicit_sum(mode, mix, recompute, monkeypatch):
+    expected, values = explicit(fresh(mode, mix), monkeypatch)
+    model = fresh(mode, mix)
     if recompute is not None:
         recomputed(model, recompute)
     output = model(*BATCH)
@@ -84,7 +85,8 @@ def test_attached_gradients_equal_those_of_the_explicit_sum(mode, recompute, mon
     assert model.losses.collect() == {}  # recomputation recorded nothing more
     tokens = (BATCH[1] >= 0).sum().item()
     loads = [router.take_load().sum().item() for router in model.routers().values()]
-    assert loads == [2 * tokens] * 3 + [2 * (tokens - 4)]  # MTP: no next token at four documents' ends
+    routers = len(mix.split()) - 1  # one layer is hash-routed
+    assert loads == [2 * tokens] * routers + [2 * (tokens - 4)]  # MTP: no next token at four documents' ends
 
 
 def test_the_sum_counts_what_it_says(monkeypatch):
@@ -125,12 +127,19 @@ def test_accumulation_of_two_halves_with_scale_and_denominators(reentrant):
     torch.testing.assert_close(total, whole(*BATCH).loss.detach())
 
 
-@pytest.mark.parametrize("name", ["lm_loss", "mtp_loss", "indexer_kl"])
-def test_a_denominator_replaces_the_own_count(name):
-    model = fresh()
-    count = model.count(*BATCH)
+@pytest.mark.parametrize(
+    ("name", "count", "mix"),
+    [
+        ("lm_loss", "lm_loss", "csa"),
+        ("mtp_loss", "mtp_loss", "csa"),
+        ("indexer_kl", "indexer_kl_csa", "swa csa"),
+        ("indexer_kl", "indexer_kl_dsa", "dsa mla"),
+    ],
+)
+def test_a_denominator_replaces_the_own_count(name, count, mix):
+    model = fresh(mix=mix)
     own = model(*BATCH).losses
-    model.losses.denominators = {name: 4 * count[name]}
+    model.losses.denominators = {count: 4 * model.count(*BATCH)[count]}
     ours = model(*BATCH).losses
     for other in own:
         torch.testing.assert_close(ours[other], own[other] / (4 if other == name else 1))
@@ -139,17 +148,20 @@ def test_a_denominator_replaces_the_own_count(name):
 def test_counts():
     """21 + 19 + 30 + 13 tokens, ratio 4: a document's first three see nothing; its last is no target."""
     counts = {name: count.item() for name, count in fresh().count(*BATCH).items()}
-    assert counts == {"lm_loss": 83 - 4, "mtp_loss": 83 - 8, "indexer_kl": 83 - 12}
+    assert counts == {"lm_loss": 83 - 4, "mtp_loss": 83 - 8, "indexer_kl_csa": 83 - 12}
+    assert fresh(mix="dsa csa").count(*BATCH)["indexer_kl_dsa"] == 83
     assert list(fresh(mix="swa hca", mtp__num_layers=0).count(*BATCH)) == ["lm_loss"]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_indexer_learns_by_its_own_loss_alone(mode, monkeypatch):
+@pytest.mark.parametrize(("mix", "tensors"), [("swa csa hca csa", 6), ("dsa gqa dsa", 5)])
+def test_indexer_learns_by_its_own_loss_alone(mode, mix, tensors, monkeypatch):
     """And its own loss teaches nothing else."""
-    changed = explicit(fresh(mode), monkeypatch, {"indexer_kl": 3.0})[0]
-    without = explicit(fresh(mode), monkeypatch, {"indexer_kl": 0.0})[0]
+    changed = explicit(fresh(mode, mix), monkeypatch, {"indexer_kl": 3.0})[0]
+    without = explicit(fresh(mode, mix), monkeypatch, {"indexer_kl": 0.0})[0]
     indexer = [name for name in changed if "indexer" in name]
-    assert len(indexer) == 2 * 6  # two csa layers: kv, gate, bias and norm of the compressor, query, head weight
+    # csa: kv, gate, bias and norm of the compressor, query, head weight; dsa: key, its norm and bias, and those two
+    assert len(indexer) == 2 * tensors
     for name in changed:
         if name not in indexer:
             assert torch.equal(changed[name], without[name]), name

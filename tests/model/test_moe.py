@@ -9,10 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.model.packings import batch_of
 from tests.models import random_model, random_tokens, tiny_config
+from v4train.model.ffn import swiglu
 from v4train.model.linear import GroupedLinear, StackedLinear
 from v4train.model.losses import Losses
+from v4train.model.moe import MoE
 from v4train.model.moe.balance import max_violation, sequence_balance_loss
-from v4train.model.moe.experts import Experts, SharedExpert, clamped_swiglu, grouped_linear
+from v4train.model.moe.experts import Experts, grouped_linear
 from v4train.model.moe.router import HashRouter, ScoreRouter, affinities, balanced_table
 
 EXPERTS, TOP_K, HIDDEN = 5, 2, 6
@@ -73,7 +75,7 @@ def test_experts_token_by_token():
 
 @pytest.mark.parametrize("shared", [1, 2])
 def test_shared_expert_token_by_token(shared):
-    expert = filled(SharedExpert(config_of(moe__num_shared_experts=shared, moe__swiglu_limit=1.5)))
+    expert = filled(MoE(config_of(moe__num_shared_experts=shared, moe__swiglu_limit=1.5), Losses(), True).shared)
     assert expert.gate_up.weight.shape == (2, 3 * shared, HIDDEN)
     x = random(2, 4, HIDDEN)
     expected = torch.stack([naive_expert(t, *expert.gate_up.weight, expert.down.weight, 1.5) for t in x.flatten(0, 1)])
@@ -87,7 +89,7 @@ def test_swiglu_clamps_gate_above_and_up_on_both_sides():
         return x / (1 + math.exp(-x))
 
     expected = [silu(-50) * 3, silu(2) * 10, silu(10) * 3, silu(10) * -10, silu(2) * -3]
-    assert clamped_swiglu(gate, up, 10.0).tolist() == pytest.approx(expected, rel=1e-6)
+    assert swiglu(gate, up, 10.0).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -163,6 +165,66 @@ def test_scored_tokens_one_by_one(training):
     torch.testing.assert_close(weights.sum(-1), torch.full((2, 7), 2.5, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_v3_routing_token_by_token(groups):
+    """Sigmoid affinities; experts from the groups whose two best biased affinities sum highest (V3 report 2.1.2)."""
+    kept = max(1, groups // 2)
+    changes = {"moe__scoring": "sigmoid", "moe__num_groups": groups, "moe__top_k_groups": kept, "moe__num_experts": 8}
+    router = filled(ScoreRouter(config_of(**changes), Losses(), 1))
+    router.bias.mul_(0.1)  # or it decides alone
+    x, _, chosen, weights = route(router, length=40)
+    limited = 0
+    for b in range(2):
+        for t in range(40):
+            scores = [1 / (1 + math.exp(-(x[b, t] @ row).item())) for row in router.weight]
+            biased = [score + bias.item() for score, bias in zip(scores, router.bias, strict=True)]
+            size = 8 // groups
+            members = [range(g * size, (g + 1) * size) for g in range(groups)]
+            best_groups = sorted(members, key=lambda m: -sum(sorted((biased[e] for e in m), reverse=True)[:2]))[:kept]
+            allowed = [e for m in best_groups for e in m]
+            best = sorted(allowed, key=lambda e: -biased[e])[:TOP_K]
+            assert chosen[b, t].tolist() == best
+            total = sum(scores[e] for e in best)
+            assert weights[b, t].tolist() == pytest.approx([1.5 * scores[e] / total for e in best], rel=1e-9)
+            limited += best != sorted(range(8), key=lambda e: -biased[e])[:TOP_K]
+    assert (limited > 0) == (groups > 1)
+
+
+def test_gpt_oss_routing_is_a_softmax_over_the_chosen_logits():
+    changes = {"moe__scoring": "softmax", "moe__router_bias": True, "moe__routed_scaling_factor": 1.0}
+    router = filled(ScoreRouter(config_of(**changes), Losses(), 1))
+    router.bias.zero_()
+    x, _, chosen, weights = route(router)
+    logits = x @ router.weight.T + router.logit_bias
+    best = logits.topk(TOP_K, dim=-1)
+    assert torch.equal(chosen, best.indices)
+    torch.testing.assert_close(weights, best.values.softmax(-1))
+    weights[..., 0].sum().backward()
+    assert router.logit_bias.grad.abs().sum() > 0
+
+
+def test_gpt_oss_experts_token_by_token():
+    """Biases, and (up + 1) * gate * sigmoid(1.702 gate) with its clamps."""
+    experts = filled(Experts(config_of(moe__expert_bias=True, moe__activation="swiglu_oai", moe__swiglu_limit=1.5)))
+    x, chosen = random(9, HIDDEN), torch.randint(0, EXPERTS, (9, TOP_K), generator=torch.Generator().manual_seed(0))
+    weights = random(9, TOP_K, seed=1)
+    ours = experts(x, chosen, weights)
+    for token in range(9):
+        expected = torch.zeros(HIDDEN, dtype=torch.float64)
+        for k in range(TOP_K):
+            e = chosen[token, k]
+            gate, up = (experts.gate_up[e, part] @ x[token] + experts.gate_up_bias[e, part] for part in (0, 1))
+            gate, up = gate.clamp(max=1.5), up.clamp(-1.5, 1.5)
+            inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+            expected = expected + weights[token, k] * (experts.down[e] @ inner + experts.down_bias[e])
+        torch.testing.assert_close(ours[token], expected, atol=1e-12, rtol=0)
+
+
+def test_no_limit_is_no_clamp():
+    gate, up = torch.tensor([-50.0, 2.0, 50.0]), torch.tensor([3.0, 50.0, -50.0])
+    assert swiglu(gate, up, None).tolist() == pytest.approx((torch.nn.functional.silu(gate) * up).tolist())
+
+
 def test_hashed_tokens_take_their_row_of_the_table():
     router = filled(HashRouter(config_of()))
     router.table.copy_(balanced_table(64, EXPERTS, TOP_K, torch.Generator().manual_seed(0)))
@@ -195,7 +257,7 @@ def test_balanced_table(vocabulary, experts, top_k):
 
 def test_affinities_and_their_gradient():
     logits = torch.tensor([-110.0, -80.0, -5.0, 0.0, 3.0, 50.0], requires_grad=True)
-    ours = affinities(logits)
+    ours = affinities(logits, "sqrtsoftplus")
     expected = [math.sqrt(math.log1p(math.exp(value))) for value in logits.tolist()]
     assert ours.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-12)
     ours.sum().backward()
@@ -256,7 +318,7 @@ def test_unbiased_affinities_decide_the_balance_loss():
     x, *_ = route(router)
     value = router.losses.collect()["balance_loss"]
     with torch.no_grad():
-        scores = affinities(x @ router.weight.T)
+        scores = affinities(x @ router.weight.T, "sqrtsoftplus")
     valid = torch.ones(2, 7, dtype=torch.bool)
     assert value.item() == pytest.approx(naive_balance(scores, TOP_K, valid).item(), abs=1e-12)
     assert value.item() != pytest.approx(naive_balance(scores + router.bias, TOP_K, valid).item(), abs=1e-3)

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from tests.models import tiny_config
-from v4train.model.residual import HyperConnection, PlainResidual, SingleStream, StreamCollapse, sinkhorn
+from v4train.model.residual import (
+    HyperConnection,
+    PlainResidual,
+    SingleStream,
+    StreamCollapse,
+    StreamSum,
+    UnconstrainedHyperConnection,
+    sinkhorn,
+)
 
 STREAMS, HIDDEN = 4, 6
 
@@ -193,3 +201,36 @@ def test_plain_residual():
     assert torch.equal(x, streams[:, :, 0])
     assert torch.equal(PlainResidual(config).merge(streams, output, coefficients)[:, :, 0], streams[:, :, 0] + output)
     assert torch.equal(SingleStream(config)(streams), streams[:, :, 0])
+
+
+def test_unconstrained_hyper_connection_token_by_token():
+    """mHC paper eq. 5: H = gate * tanh(theta . norm(x_j)) + bias for each stream x_j."""
+    config = tiny_config(hidden_size=HIDDEN, residual__kind="hc")
+    module = UnconstrainedHyperConnection(config).double()
+    with torch.no_grad():
+        for seed, parameter in enumerate(module.parameters()):
+            parameter.copy_(random(*parameter.shape, seed=seed))
+    streams, output = random(2, 3, STREAMS, HIDDEN, seed=7), random(2, 3, HIDDEN, seed=8)
+    collapsed, coefficients = module(streams)
+    merged = module.merge(streams, output, coefficients)
+    pre_bias, post_bias, mixing_bias = module.static_bias.split([STREAMS, STREAMS, STREAMS**2])
+    mixing_bias = mixing_bias.view(STREAMS, STREAMS)  # [source, destination]
+    for b in range(2):
+        for t in range(3):
+            x = streams[b, t]
+            unit = [x[j] / (x[j].square().mean() + config.norm_eps).sqrt() for j in range(STREAMS)]
+
+            def dynamic(row, gate, stream, unit=unit):
+                return module.gates[gate] * torch.tanh(module.projection[row] @ unit[stream])
+
+            read = sum((dynamic(0, 0, j) + pre_bias[j]) * x[j] for j in range(STREAMS))
+            torch.testing.assert_close(collapsed[b, t], read, atol=1e-12, rtol=0)
+            for k in range(STREAMS):
+                mixed = sum((dynamic(2 + k, 2, j) + mixing_bias[j, k]) * x[j] for j in range(STREAMS))
+                written = (dynamic(1, 1, k) + post_bias[k]) * output[b, t]
+                torch.testing.assert_close(merged[b, t, k], mixed + written, atol=1e-12, rtol=0)
+
+
+def test_hyper_connections_end_in_a_sum():
+    streams = random(2, 3, STREAMS, HIDDEN)
+    torch.testing.assert_close(StreamSum(tiny_config())(streams), sum(streams[:, :, j] for j in range(STREAMS)))

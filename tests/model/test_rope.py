@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 
-from v4train.model.config import RopeConfig
+from tests.models import PLAIN_ROPE as PLAIN
+from tests.models import YARN_ROPE as YARN
 from v4train.model.rope import inverse_frequencies, rotate, rotations
 
 CPU = torch.device("cpu")
-PLAIN = RopeConfig(10000.0, 1.0, 65536, 32.0, 1.0)
-YARN = RopeConfig(160000.0, 16.0, 65536, 32.0, 1.0)
 
 
 def test_plain_frequencies():

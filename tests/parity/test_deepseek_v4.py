@@ -1,106 +1,97 @@
-"""Our model against transformers' `deepseek_v4`: same weights, same logits, same gradients."""
+"""Our model against transformers' `deepseek_v4`: same weights, same logits, same gradients, same decoding."""
 
 import pytest
-import torch
-from torch.nn import functional as F
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as peer_module
 
-from tests.models import random_model, random_tokens, tiny_config
-from v4train.hf import from_hf, to_hf
-from v4train.hf.deepseek_v4 import hf_tensors
-from v4train.model import build_model
+from tests.parity.peers import THEIR_YARN, Parity, lower_index_wins_ties
 
 pytestmark = pytest.mark.parity
 
-CASES = {
-    # mix, batch, length, changes
-    "window only": ("swa swa", 2, 37, {}),
-    "csa": ("csa csa", 2, 61, {}),
-    "hca": ("hca hca", 3, 77, {}),
-    "v4 order, hash layer": ("swa swa csa hca csa hca", 2, 75, {}),
-    "two hash layers": ("hca csa csa", 1, 50, {"moe__num_hash_layers": 2}),
-    "no hash layer": ("csa swa hca", 2, 43, {"moe__num_hash_layers": 0}),
-    "published ratios": ("csa hca", 1, 290, {"attention__hca_compression": 128, "attention__window": 16}),
-    "top-1 of many": ("csa csa", 2, 70, {"attention__indexer__top_k": 1}),
-    "shorter than a block": ("csa hca", 2, 3, {}),
-    "two streams": ("csa hca", 2, 41, {"residual__num_streams": 2}),
-    "odd expert width": ("csa", 2, 33, {"moe__intermediate_size": 15, "hidden_size": 30}),
-    "whole head rotated": ("csa hca", 2, 40, {"attention__rope_dim": 16, "attention__indexer__head_dim": 16}),
-}
+
+SMALL = dict(
+    vocab_size=61,
+    hidden_size=20,
+    num_hidden_layers=3,
+    layer_types=["compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"],
+    compress_rates={"compressed_sparse_attention": 3, "heavily_compressed_attention": 9},
+    num_attention_heads=6,
+    head_dim=10,
+    partial_rotary_factor=0.4,
+    q_lora_rank=7,
+    o_groups=3,
+    o_lora_rank=5,
+    sliding_window=6,
+    index_n_heads=3,
+    index_head_dim=6,
+    index_topk=4,
+    n_routed_experts=5,
+    num_experts_per_tok=2,
+    moe_intermediate_size=9,
+    mlp_layer_types=["hash_moe", "moe", "moe"],
+    hc_mult=2,
+    hc_sinkhorn_iters=3,
+    hc_eps=1e-5,
+    rms_norm_eps=1e-5,
+    routed_scaling_factor=2.0,
+    swiglu_limit=0.5,
+    num_nextn_predict_layers=0,
+)
 
 
-@pytest.fixture(autouse=True)
-def lower_index_wins_ties(monkeypatch):
-    """Give the oracle our tie rule: its topk breaks exact ties arbitrarily (ReLU makes several percent of them)."""
+class TestDeepseekV4(Parity):
+    name = "deepseek_v4"
+    base = {"mtp__num_layers": 0}
+    cases = {
+        "v4 order, hash layer": ("swa swa csa hca csa hca", 2, 75, {}),
+        "window only": ("swa swa", 2, 37, {}),
+        "csa": ("csa csa", 2, 61, {}),
+        "hca": ("hca hca", 3, 77, {}),
+        "two hash layers": ("hca csa csa", 1, 50, {"moe__num_hash_layers": 2}),
+        "no hash layer": ("csa swa hca", 2, 43, {"moe__num_hash_layers": 0}),
+        "published ratios": ("csa hca", 1, 290, {"attention__hca_compression": 128, "attention__window": 16}),
+        "top-1 of many": ("csa csa", 2, 70, {"attention__indexer__top_k": 1}),
+        "shorter than a block": ("csa hca", 2, 3, {}),
+        "two streams": ("csa hca", 2, 41, {"residual__num_streams": 2}),
+        "odd expert width": ("csa", 2, 33, {"moe__intermediate_size": 15, "hidden_size": 30}),
+        "whole head rotated": ("csa hca", 2, 40, {"attention__rope_dim": 16, "attention__indexer__head_dim": 16}),
+    }
+    own = {
+        "plain RoPE": SMALL | dict(rope_parameters=dict(rope_type="default")),
+        "yarn": SMALL | dict(rope_parameters=THEIR_YARN, max_position_embeddings=160, compress_rope_theta=1000.0),
+    }
+    keeps = (
+        "layer_kinds",
+        *(
+            f"attention.{key}"
+            for key in ("num_heads", "head_dim", "rope_dim", "q_lora_rank", "o_groups", "o_lora_rank")
+        ),
+        *(f"attention.{key}" for key in ("window", "csa_compression", "hca_compression", "rope", "compressed_rope")),
+        "attention.indexer",
+        *(f"moe.{key}" for key in ("num_experts", "top_k", "intermediate_size", "routed_scaling_factor")),
+        *("moe.num_hash_layers", "moe.swiglu_limit"),
+        *(f"residual.{key}" for key in ("num_streams", "sinkhorn_iterations", "eps")),
+    )
+    refused = {
+        "another family": ("swa gqa", {}, "attention_mix", "no architecture"),
+        "windows that differ": ("swa csa:window=4", {}, "attention_mix", "=csa:window=4: .* window=8 only"),
+        "plain residual": ("swa", {"residual__kind": "plain"}, "residual.kind", "set model.residual.kind=mhc"),
+        "dense layer": ("swa csa", {"ffn_mix": "moe dense"}, "ffn_mix", "no dense layer"),
+        "scores": ("swa swa", {"moe__scoring": "sigmoid"}, "moe.scoring", "=sigmoid: .* sqrtsoftplus only"),
+        "shared experts": ("swa", {"moe__num_shared_experts": 2}, "moe.num_shared_experts", "=2: .* 1 only"),
+        "no clamp": ("swa swa", {"moe__swiglu_limit": None}, "moe.swiglu_limit", "clamps"),
+        "groups": ("swa swa", {"moe__num_groups": 2, "moe__top_k_groups": 2}, "moe.num_groups", "=2"),
+        "sharp ramp": (
+            "hca",
+            {"attention__compressed_rope__truncate": False},
+            "attention.compressed_rope.truncate",
+            "=False: .* true only",
+        ),
+    }
+    refused_own = {
+        "hash layers at the end": ("mlp_layer_types", SMALL | dict(mlp_layer_types=["moe", "moe", "hash_moe"])),
+        "gates as they are": ("norm_topk_prob", SMALL | dict(norm_topk_prob=False)),
+    }
 
-    def topk(self, k, dim=-1, sorted=True, largest=True):
-        values, indices = torch.sort(self, dim=dim, descending=largest, stable=True)
-        return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
-
-    forward = peer_module.DeepseekV4Indexer.forward
-
-    def stable_forward(self, *args, **kwargs):
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "topk", topk)
-            return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(peer_module.DeepseekV4Indexer, "forward", stable_forward)
-
-
-def peers(case: str):
-    mix, batch, length, changes = CASES[case]
-    model = random_model(tiny_config(mix, mtp__num_layers=0, **changes), seed=1).eval()
-    peer = to_hf(model)
-    peer.set_experts_implementation("eager")  # its grouped_mm crashes on widths that are no multiple of 16 bytes
-    return model, peer, random_tokens(batch, length)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_logits_agree(case):
-    model, peer, tokens = peers(case)
-    with torch.no_grad():
-        ours, theirs = model(tokens).logits, peer(tokens, use_cache=False).logits
-    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_agree(case):
-    """Of the language-model loss; transformers gives the indexer none, and in eval mode neither do we."""
-    model, peer, tokens = peers(case)
-    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
-    model(tokens, targets=targets).loss.backward()
-    logits = peer(tokens, use_cache=False).logits
-    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100).backward()
-    theirs = {name: parameter.grad for name, parameter in peer.named_parameters()}
-    compared = 0
-    for name, parameter in model.named_parameters():
-        if "indexer" in name:
-            assert parameter.grad is None
-            continue
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for peer_name, ours in hf_tensors(name, gradient).items():
-            expected = torch.zeros_like(ours) if theirs[peer_name] is None else theirs[peer_name]
-            error = (ours - expected).norm() / expected.norm().clamp(min=1e-9)
-            assert error < 1e-4, f"{peer_name}: relative error {error:.1e}"
-            compared += 1
-    assert compared == len([name for name in theirs if ".indexer." not in name])
-
-
-def test_weights_survive_the_way_there_and_back():
-    model = random_model(tiny_config("swa csa hca", mtp__num_layers=0)).eval()
-    config, state = from_hf(to_hf(model))
-    again = build_model(config).eval()
-    again.load_state_dict(state)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
-    tokens = random_tokens(2, 50)
-    torch.testing.assert_close(model(tokens).logits, again(tokens).logits, atol=1e-6, rtol=1e-6)  # chunks differ
-
-
-def test_a_saved_directory_loads(tmp_path):
-    model = random_model(tiny_config("csa hca", mtp__num_layers=0)).eval()
-    to_hf(model).save_pretrained(tmp_path)
-    config, state = from_hf(tmp_path)
-    again = build_model(config).eval()
-    again.load_state_dict(state)
-    tokens = random_tokens(1, 40)
-    torch.testing.assert_close(model(tokens).logits, again(tokens).logits)
+    @pytest.fixture(autouse=True)
+    def _ties(self, monkeypatch):
+        lower_index_wins_ties(monkeypatch, peer_module.DeepseekV4Indexer)

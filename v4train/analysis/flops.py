@@ -1,71 +1,154 @@
-"""Training FLOPs per token, in closed form (a multiply-add is 2 FLOPs; backward costs twice the forward).
+"""FLOPs of training and of decoding, in closed form (a multiply-add is 2 FLOPs; backward costs twice the forward).
 
-Counted: every matrix product that a token passes, and the attention over what it sees on average in a full sequence.
-Not counted: elementwise work, softmax, Sinkhorn.
+Counted: every matrix product that a token passes, and the attention over what it sees. Not counted: elementwise work,
+softmax, Sinkhorn, and what an implementation computes only to mask it.
 """
 
-from v4train.model.config import ModelConfig
+from v4train.analysis.kv_cache import num_kv_heads
+from v4train.model.config import AttentionConfig, IndexerConfig, LayerAttention, MLAConfig, ModelConfig
 
 
 def active_matrix_parameters(config: ModelConfig) -> int:
     """Matrix elements that one token is multiplied with, MTP block and both uses of the output matrix included."""
     hidden = config.hidden_size
-    blocks = sum(_block(config, kind) for kind in config.layer_kinds)
+    layers = zip(config.layers, config.ffn_kinds, strict=True)
+    blocks = sum(_block(config, layer, ffn) for layer, ffn in layers)
     head = config.vocab_size * hidden + _collapse(config)
-    mtp = config.mtp.num_layers * (2 * hidden * hidden + _block(config, "swa") + head)
-    # The hidden projection of MTP runs once a stream.
-    mtp += config.mtp.num_layers * (config.num_streams - 1) * hidden * hidden
-    return blocks + head + mtp
+    # The token projection of MTP runs once, its hidden projection once a stream.
+    mtp = (1 + config.num_streams) * hidden * hidden + _block(config, config.mtp_layer, config.mtp_ffn) + head
+    return blocks + head + config.mtp.num_layers * mtp
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of forward and backward per trained token, at the mean visibility of one document a sequence."""
-    kinds = [*config.layer_kinds, *["swa"] * config.mtp.num_layers]
-    core = sum(_attention_core(config, kind, sequence_length) for kind in kinds)
+    core = 0.0
+    for layer in config.layers + [config.mtp_layer] * config.mtp.num_layers:
+        attended, scored = visible_pairs(config, layer, sequence_length)
+        per_attended, per_scored = _pair_flops(config, layer)
+        core += per_attended * (attended / sequence_length) + per_scored * (scored / sequence_length)
     return 3 * (2 * active_matrix_parameters(config) + core)
 
 
-def _block(config: ModelConfig, kind: str) -> int:
-    attention, moe, hidden = config.attention, config.moe, config.hidden_size
-    width = attention.num_heads * attention.head_dim
-    size = hidden * attention.q_lora_rank + attention.q_lora_rank * width + hidden * attention.head_dim
-    size += width * attention.o_lora_rank + attention.o_groups * attention.o_lora_rank * hidden
-    if kind == "hca":
-        size += 2 * hidden * attention.head_dim
+def decode_flops(config: ModelConfig, layer: LayerAttention, context: int) -> dict[str, int]:
+    """FLOPs of one layer's attention when the last of `context` >= 1 tokens of a row is decoded with a cache.
+
+    `matrices` are projections and compressors, `attention` the scores and the weighted sum over what is seen, `index`
+    the lightning indexer's scores: V4.md 4.2 without its factors for precision. mla and dsa in absorbed form.
+    """
+    attended, scored = visible_pairs(config, layer, context)
+    attended_before, scored_before = visible_pairs(config, layer, context - 1)
+    per_attended, per_scored = _pair_flops(config, layer, absorbed=True)
+    return {
+        "matrices": 2 * attention_matrices(config, layer),
+        "attention": per_attended * (attended - attended_before),
+        "index": per_scored * (scored - scored_before),
+    }
+
+
+def attention_matrices(config: ModelConfig, layer: LayerAttention) -> int:
+    """Matrix elements of one layer's attention that a token is multiplied with (mla: as many in either form)."""
+    hidden, options = config.hidden_size, layer.options
+    if layer.kind in ("mha", "mqa", "gqa"):
+        return 2 * hidden * options.head_dim * (options.num_heads + num_kv_heads(layer))
+    if layer.kind == "mla":
+        return _mla(hidden, options)
+    if layer.kind == "dsa":
+        indexer = config.attention.dsa
+        return _mla(hidden, options) + _index_queries(hidden, options.q_lora_rank, indexer) + hidden * indexer.head_dim
+    size = _shared_kv(hidden, options)
+    if layer.kind == "csa":  # kv and gate, for the block and the next one, of entries and index keys
+        size += 4 * hidden * (options.head_dim + options.indexer.head_dim)
+        size += _index_queries(hidden, options.q_lora_rank, options.indexer)
+    return size + 2 * hidden * options.head_dim if layer.kind == "hca" else size
+
+
+def visible_pairs(config: ModelConfig, layer: LayerAttention, length: int) -> tuple[int, int]:
+    """What the tokens of one document of `length` tokens see, summed over them.
+
+    Returns:
+        (tokens and entries attended to, those that the lightning indexer scores).
+    """
+    kind, options = layer.kind, layer.options
+    if kind == "dsa":
+        return _pairs(length, limit=config.attention.dsa.top_k), _pairs(length)
+    if kind in ("mha", "mqa", "gqa", "mla"):
+        if options.window is None:
+            return _pairs(length), 0
+        beside = sum(  # for each global token, those that see it less those that have it in their window
+            length - token - min(options.window, -(-(length - token) // options.dilation))
+            for token in range(min(options.global_tokens, length))
+        )
+        return _pairs(length, step=options.dilation, limit=options.window) + beside, 0
+    window = _pairs(length, limit=options.window)
     if kind == "csa":
-        indexer = attention.indexer
-        size += 4 * hidden * (attention.head_dim + indexer.head_dim)
-        size += attention.q_lora_rank * indexer.num_heads * indexer.head_dim + hidden * indexer.num_heads
-    size += hidden * moe.num_experts  # router
-    size += 3 * hidden * moe.intermediate_size * (moe.top_k + moe.num_shared_experts)
-    if config.residual.kind == "mhc":
-        streams = config.residual.num_streams
-        size += 2 * (2 + streams) * streams * streams * hidden
-    return size
+        ratio = options.csa_compression
+        selected = _pairs(length, ratio - 1, ratio, options.indexer.top_k)
+        return window + selected, _pairs(length, ratio - 1, ratio)
+    if kind == "hca":
+        ratio = options.hca_compression
+        return window + _pairs(length, ratio - 1, ratio), 0
+    return window, 0
+
+
+def _pairs(length: int, first: int = 0, step: int = 1, limit: int | None = None) -> int:
+    """Sum over tokens of how many keys each sees: one from token `first` on, one more every `step`, up to `limit`.
+
+    The i-th of them is there for length - first - i * step tokens.
+    """
+    count = max(-(-(length - first) // step), 0)
+    count = count if limit is None else min(limit, count)
+    return count * (length - first) - step * count * (count - 1) // 2
+
+
+def _pair_flops(config: ModelConfig, layer: LayerAttention, absorbed: bool = False) -> tuple[int, int]:
+    """Forward FLOPs of one attended pair (score and weighted sum, all heads) and of one that the indexer scores."""
+    options = layer.options
+    if layer.kind not in ("mla", "dsa"):
+        widths = 2 * options.head_dim
+    elif absorbed:
+        widths = 2 * options.kv_lora_rank + options.rope_dim
+    else:
+        widths = options.nope_dim + options.rope_dim + options.value_dim
+    indexer = {"csa": config.attention.indexer, "dsa": config.attention.dsa}.get(layer.kind)
+    return 2 * options.num_heads * widths, 2 * indexer.num_heads * indexer.head_dim if indexer else 0
+
+
+def _mla(hidden: int, options: MLAConfig) -> int:
+    heads, latent = options.num_heads, options.kv_lora_rank
+    queries = hidden * options.q_lora_rank + options.q_lora_rank * heads * (options.nope_dim + options.rope_dim)
+    keys = hidden * (latent + options.rope_dim) + heads * latent * (options.nope_dim + options.value_dim)
+    return queries + keys + heads * options.value_dim * hidden
+
+
+def _shared_kv(hidden: int, options: AttentionConfig) -> int:
+    width = options.num_heads * options.head_dim
+    inputs = hidden * options.q_lora_rank + options.q_lora_rank * width + hidden * options.head_dim
+    return inputs + width * options.o_lora_rank + options.o_groups * options.o_lora_rank * hidden
+
+
+def _index_queries(hidden: int, latent: int, indexer: IndexerConfig) -> int:
+    """Queries and head weights of a lightning indexer."""
+    return latent * indexer.num_heads * indexer.head_dim + hidden * indexer.num_heads
+
+
+def _block(config: ModelConfig, layer: LayerAttention, ffn: str) -> int:
+    """Matrix elements of one block that a token is multiplied with."""
+    moe, hidden = config.moe, config.hidden_size
+    if ffn == "dense":
+        size = 3 * hidden * config.ffn.intermediate_size
+    else:
+        experts = moe.top_k + moe.num_shared_experts
+        size = hidden * moe.num_experts + 3 * hidden * moe.intermediate_size * experts  # router, experts
+    return attention_matrices(config, layer) + size + 2 * _residual_site(config)
+
+
+def _residual_site(config: ModelConfig) -> int:
+    streams, hidden = config.num_streams, config.hidden_size
+    if config.residual.kind == "mhc":  # all streams together give pre, post and mixing
+        return (2 + streams) * streams * streams * hidden
+    return (2 + streams) * streams * hidden if config.residual.kind == "hc" else 0  # each stream gives its own
 
 
 def _collapse(config: ModelConfig) -> int:
-    streams = config.residual.num_streams
+    streams = config.num_streams
     return streams * streams * config.hidden_size if config.residual.kind == "mhc" else 0
-
-
-def _attention_core(config: ModelConfig, kind: str, length: int) -> float:
-    """Forward FLOPs of one query: scores and weighted sum over what it sees, and the indexer's scores."""
-    attention, indexer = config.attention, config.attention.indexer
-    seen = _mean_visible(length, 1, attention.window)
-    scored = 0.0
-    if kind == "hca":
-        seen += _mean_visible(length, attention.hca_compression)
-    if kind == "csa":
-        seen += _mean_visible(length, attention.csa_compression, indexer.top_k)
-        scored = _mean_visible(length, attention.csa_compression)
-    return 4 * attention.num_heads * attention.head_dim * seen + 2 * indexer.num_heads * indexer.head_dim * scored
-
-
-def _mean_visible(length: int, ratio: int, limit: int | None = None) -> float:
-    """Mean over t of min(floor((t + 1) / ratio), limit)."""
-    full = length // ratio
-    limit = full if limit is None else min(limit, full)
-    # floor((t + 1) / ratio) takes each value v = 1..full for `ratio` positions, the last for length % ratio + 1.
-    total = ratio * limit * (limit - 1) / 2 + limit * (length - ratio * limit + 1) if limit else 0
-    return total / length

@@ -21,27 +21,58 @@ def document_starts(document_ids: Tensor) -> Tensor:
 
 
 @dataclass
-class Blocks:
+class Place:
+    """Where the tokens of a forward pass stand."""
+
+    starts: Tensor  # [B, S] first token of each token's document, as an index into the row (0 behind a cache)
+    positions: Tensor  # [B, S] position within the document
+    previous: int  # tokens of each row that a cache has seen already
+
+
+def place(document_ids: Tensor, previous: int | None = None) -> Place:
+    """Place of the tokens [B, S] of a packed batch, or of one document a row that goes on after `previous` tokens."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    if previous is not None:
+        return Place(torch.zeros_like(index), index + previous, previous)
+    starts = document_starts(document_ids)
+    return Place(starts, index - starts, 0)
+
+
+@dataclass(kw_only=True)
+class EntryRange:
+    """Which entries of a list each query sees: those from `first` up to, not including, `end`.
+
+    The list grows by one entry every `ratio` tokens at most, `offset` tokens having come before the queries.
+    """
+
+    first: Tensor  # [B, S] int64
+    end: Tensor  # [B, S] int64
+    ratio: int
+    offset: int = 0
+
+    def count(self, stop: int) -> int:
+        """No query before `stop` sees an entry from this one on."""
+        return (self.offset + stop) // self.ratio
+
+    def visible(self, begin: int, stop: int) -> Tensor:
+        """Which entries queries begin..stop-1 may see: [B, stop - begin, count(stop)] bool."""
+        entry = torch.arange(self.count(stop), device=self.first.device)
+        return (entry >= self.first[:, begin:stop, None]) & (entry < self.end[:, begin:stop, None])
+
+
+@dataclass(kw_only=True)
+class Blocks(EntryRange):
     """Compression blocks of m tokens that restart at each document; a document's last partial block is dropped.
 
-    Entries of a row are numbered in order of their blocks, documents one after another, N = S // m slots.
+    Entries of a row are numbered in order of their blocks, documents one after another, N = S // m slots. Entry s of a
+    document is visible to its 0-based token t iff s < floor((t + 1) / m) (V4.md 0, trap 2).
     """
 
     tokens: Tensor  # [B, N, m] index of each block's tokens (0 where the slot is unused)
     valid: Tensor  # [B, N] bool, slot in use
     has_previous: Tensor  # [B, N] bool, the block before it belongs to the same document
     positions: Tensor  # [B, N] position of the block's first token within its document
-    first: Tensor  # [B, S] first entry of the token's document
-    end: Tensor  # [B, S] one past the last entry visible to the token
     slot: Tensor  # [B, S] entry * m + offset that holds the token; N * m if its block is dropped
-
-    def visible(self, begin: int, stop: int) -> Tensor:
-        """Which entries queries begin..stop-1 may see: [B, stop - begin, N] bool.
-
-        Entry s of a document is visible to its 0-based token t iff s < floor((t + 1) / m) (V4.md 0, trap 2).
-        """
-        entry = torch.arange(self.valid.shape[1], device=self.valid.device)
-        return (entry >= self.first[:, begin:stop, None]) & (entry < self.end[:, begin:stop, None])
 
 
 def compression_blocks(document_ids: Tensor, ratio: int) -> Blocks:
@@ -68,7 +99,57 @@ def compression_blocks(document_ids: Tensor, ratio: int) -> Blocks:
     entry = first + local // ratio
     complete = (local // ratio < (_document_lengths(starts) // ratio)) & (document_ids >= 0)
     slot = torch.where(complete, entry * ratio + local % ratio, slots * ratio)
-    return Blocks(tokens, valid, positions > 0, positions, first, end, slot)
+    return Blocks(
+        first=first,
+        end=end,
+        ratio=ratio,
+        tokens=tokens,
+        valid=valid,
+        has_previous=positions > 0,
+        positions=positions,
+        slot=slot,
+    )
+
+
+@dataclass
+class GlobalTokens:
+    """The first tokens of each document, seen by all later ones of it: an extra list of entries.
+
+    A query that has one of them in its window already does not see it twice.
+    """
+
+    tokens: Tensor  # [B, N] index of each global token in the row
+    starts: Tensor  # [B, N] first token of its document; -1 where the slot is unused
+    queries: Tensor  # [B, S] index of each query, counted as `tokens` are
+    query_starts: Tensor  # [B, S] first token of its document
+    window: int
+    dilation: int
+
+    def count(self, stop: int) -> int:
+        """Entries that queries before `stop` may see, at most."""
+        return self.tokens.shape[1]
+
+    def visible(self, begin: int, stop: int) -> Tensor:
+        """Which entries queries begin..stop-1 see beside their window: [B, stop - begin, N] bool."""
+        same = self.query_starts[:, begin:stop, None] == self.starts[:, None]
+        distance = self.queries[:, begin:stop, None] - self.tokens[:, None]
+        return same & (distance >= 0) & ~in_window(distance, self.window, self.dilation)
+
+
+def global_tokens(document_ids: Tensor, starts: Tensor, count: int, window: int, dilation: int) -> GlobalTokens:
+    """The first `count` tokens of each document of a packed batch [B, S]."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    chosen = (index - starts < count) & (document_ids >= 0)
+    slots = int(chosen.sum(1).max())
+    order = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :slots]  # the chosen ones first, in order
+    used = torch.arange(slots, device=order.device) < chosen.sum(1, keepdim=True)
+    return GlobalTokens(order, torch.where(used, starts.gather(1, order), -1), index, starts, window, dilation)
+
+
+def in_window(distance: Tensor, window: int, dilation: int) -> Tensor:
+    """Whether a token `distance` back is one of the `window` that are seen, every `dilation`-th one counting."""
+    inside = (distance >= 0) & (distance < window * dilation)
+    return inside & (distance % dilation == 0) if dilation > 1 else inside
 
 
 def _document_lengths(starts: Tensor) -> Tensor:

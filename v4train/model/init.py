@@ -5,6 +5,7 @@ Any rank can compute any tensor, so a layout never changes the start. What the V
 """
 
 import hashlib
+import re
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,12 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig) -> Tensor:
         return balanced_table(config.vocab_size, config.moe.num_experts, config.moe.top_k, generator)
     if name.endswith("norm.weight"):
         return torch.ones(shape, device="cpu")
-    if leaf in ("sink", "position_bias", "bias"):
-        return torch.zeros(shape, device="cpu")
     if leaf == "gates":
         return torch.full(shape, config.residual.gate_init, device="cpu")
     if leaf == "static_bias":
-        return _static_bias(shape[0], config)
+        return _hc_static_bias(name, config) if config.residual.kind == "hc" else _static_bias(shape[0], config)
+    if leaf == "sink" or leaf.endswith("bias"):
+        return torch.zeros(shape, device="cpu")
     if ".experts." in name:
         return torch.stack([_normal(f"{name}.{expert}", shape[1:], config) for expert in range(shape[0])])
     return _normal(name, shape, config)
@@ -55,6 +56,15 @@ def _static_bias(rows: int, config: ModelConfig) -> Tensor:
     post = torch.full((count,), residual.post_bias_init, device="cpu")
     mixing = residual.mixing_diagonal_init * torch.eye(count, device="cpu")
     return torch.cat([pre, post, mixing.flatten()])
+
+
+def _hc_static_bias(name: str, config: ModelConfig) -> Tensor:
+    """HC's [pre | post | mixing]: each site reads one stream in turn, writes to all, mixes none (arXiv 2409.19606)."""
+    count = config.residual.num_streams
+    block = re.match(r"blocks\.(\d+)\.", name)
+    site = 2 * (int(block[1]) if block else config.num_layers) + name.endswith("ffn_residual.static_bias")
+    identity = torch.eye(count, device="cpu")
+    return torch.cat([identity[site % count], torch.ones(count, device="cpu"), identity.flatten()])
 
 
 @torch.no_grad()

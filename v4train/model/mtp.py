@@ -28,7 +28,7 @@ def next_tokens(input_ids: Tensor, document_ids: Tensor, targets: Tensor) -> tup
 
 
 class MTP(nn.Module):
-    """x' = P_token(norm(emb(t+1))) + P_hidden(norm(X)) per stream, a sliding-window block, own collapse and norm.
+    """x' = P_token(norm(emb(t+1))) + P_hidden(norm(X)) per stream, one block (V4: swa), own collapse and norm.
 
     Embedding and output matrix are the model's own, called as modules (a sharded parameter is gathered by module).
     """
@@ -42,7 +42,7 @@ class MTP(nn.Module):
         self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.token_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.hidden_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.block = Block(config, losses, kind="swa", hashed=False)
+        self.block = Block(config, losses, config.mtp_layer, config.mtp_ffn, hashed=False)
         self.output_norm = OutputNorm(config)
 
     def forward(

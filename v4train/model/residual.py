@@ -1,6 +1,6 @@
-"""Residual connections between sub-layers: plain, and manifold-constrained hyper-connections (mHC).
+"""Residual connections between sub-layers: plain, hyper-connections (HC), and manifold-constrained ones (mHC).
 
-Sources: V4 report section 2.2, mHC paper arXiv 2512.24880, V4.md 2.1 (orientation: trap 3).
+Sources: V4 report section 2.2, mHC paper arXiv 2512.24880, V4.md 2.1 (orientation: trap 3); HC paper arXiv 2409.19606.
 
 Shapes: B batch, S sequence, C streams, M hidden. Streams are [B, S, C, M]; a plain residual has C = 1.
 A residual module collapses the streams to a sub-layer's input and returns the coefficients that `merge` needs to put
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from v4train.model.config import ModelConfig
+from v4train.model.norm import rms_norm
 from v4train.model.precision import full, full_precision
 
 
@@ -104,13 +105,55 @@ class HyperConnection(nn.Module):
         return collapse(streams, pre), (mixing, post)
 
     def merge(self, streams: Tensor, output: Tensor, coefficients: tuple[Tensor, Tensor]) -> Tensor:
-        """new_k = sum_j mixing[j, k] x_j + post_k * output, in the streams' dtype."""
-        mixing, post = coefficients
+        """As `merge_streams`."""
+        return merge_streams(streams, output, *coefficients)
+
+
+class UnconstrainedHyperConnection(nn.Module):
+    """HC: X <- B X + C f(A X), with A, B, C static plus a bounded function of each stream (mHC paper eq. 5).
+
+    A_j = gate * tanh(theta_A . x_j) + bias, C alike, B[i, j] = gate * tanh(theta_B[i] . x_j) + bias, x_j normalised.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.count, self.norm_eps = config.residual.num_streams, config.norm_eps
+        rows = (1, 1, self.count)  # pre, post, mixing
+        self.projection = nn.Parameter(torch.empty(sum(rows), config.hidden_size))
+        self.projection.independent_rows = rows
+        self.static_bias = nn.Parameter(torch.empty(2 * self.count + self.count**2))
+        self.gates = nn.Parameter(torch.empty(3))
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Collapsed input [B, S, M], and (mixing [source, destination, B, S], post [destination, B, S]), fp32."""
+        count = self.count
         with full_precision(streams.device.type):
-            # One product a token: the output is one more source. Contiguous, or bmm copies matrix by matrix.
-            weights = torch.cat([mixing, post[None]]).permute(2, 3, 1, 0).contiguous().to(streams.dtype)
-            sources = torch.cat([streams, output[:, :, None].to(streams.dtype)], dim=2)
-            return torch.matmul(weights, sources)
+            normalised = rms_norm(full(streams), self.norm_eps)
+            projected = (
+                F.linear(normalised, full(self.projection)).tanh().movedim((-1, -2), (0, 1))
+            )  # [row, source, ..]
+        pre, post, mixing = projected.split([1, 1, count])
+        gates, biases = self.gates, self.static_bias.split([count, count, count * count])
+        pre = pre[0] * gates[0] + biases[0][:, None, None]
+        post = post[0] * gates[1] + biases[1][:, None, None]
+        mixing = mixing.transpose(0, 1) * gates[2] + biases[2].view(count, count, 1, 1)
+        return collapse(streams, pre), (mixing, post)
+
+    def merge(self, streams: Tensor, output: Tensor, coefficients: tuple[Tensor, Tensor]) -> Tensor:
+        """As `merge_streams`."""
+        return merge_streams(streams, output, *coefficients)
+
+
+def merge_streams(streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor) -> Tensor:
+    """new_k = sum_j mixing[j, k] x_j + post_k * output, in the streams' dtype: [B, S, C, M], [B, S, M] -> [B, S, C, M].
+
+    mixing: [source, destination, B, S]; post: [destination, B, S].
+    """
+    with full_precision(streams.device.type):
+        # One product a token: the output is one more source. Contiguous, or bmm copies matrix by matrix.
+        weights = torch.cat([mixing, post[None]]).permute(2, 3, 1, 0).contiguous().to(streams.dtype)
+        sources = torch.cat([streams, output[:, :, None].to(streams.dtype)], dim=2)
+        return torch.matmul(weights, sources)
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
@@ -148,5 +191,16 @@ class SingleStream(nn.Module):
         return streams[:, :, 0]
 
 
-RESIDUALS = {"plain": PlainResidual, "mhc": HyperConnection}
-COLLAPSES = {"plain": SingleStream, "mhc": StreamCollapse}
+class StreamSum(nn.Module):
+    """The collapse of HC: the sum of the streams (arXiv 2409.19606 section 3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """[B, S, C, M] -> [B, S, M]."""
+        return streams.sum(2)
+
+
+RESIDUALS = {"plain": PlainResidual, "hc": UnconstrainedHyperConnection, "mhc": HyperConnection}
+COLLAPSES = {"plain": SingleStream, "hc": StreamSum, "mhc": StreamCollapse}

@@ -15,7 +15,8 @@ from v4train.model.precision import full
 
 def inverse_frequencies(rope_dim: int, rope: RopeConfig, device: torch.device) -> Tensor:
     """Angle per position of each of the R/2 pairs, fp32 [R/2]; blended with f/factor (YaRN) if factor > 1."""
-    return _frequencies(rope_dim, rope.theta, rope.factor, rope.original_length, rope.beta_fast, rope.beta_slow, device)
+    yarn = (rope.factor, rope.original_length, rope.beta_fast, rope.beta_slow, rope.truncate)
+    return _frequencies(rope_dim, rope.theta, *yarn, device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -26,6 +27,7 @@ def _frequencies(
     original_length: int,
     beta_fast: float,
     beta_slow: float,
+    truncate: bool,
     device: torch.device,
 ) -> Tensor:
     exponent = torch.arange(0, rope_dim, 2, dtype=torch.float32, device="cpu") / rope_dim
@@ -35,8 +37,10 @@ def _frequencies(
         def correction_dim(rotations: float) -> float:
             return rope_dim * math.log(original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-        low = max(math.floor(correction_dim(beta_fast)), 0)
-        high = min(math.ceil(correction_dim(beta_slow)), rope_dim - 1)
+        low, high = correction_dim(beta_fast), correction_dim(beta_slow)
+        if truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rope_dim - 1)
         pair = torch.arange(rope_dim // 2, dtype=torch.float32, device="cpu")
         ramp = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
         frequency = frequency * (1 - ramp) + frequency / factor * ramp
@@ -44,9 +48,12 @@ def _frequencies(
 
 
 def rotations(positions: Tensor, rope_dim: int, rope: RopeConfig) -> Tensor:
-    """Unit complex numbers exp(i * position * frequency): [B, S] int -> complex64 [B, S, R/2]."""
+    """Complex numbers factor * exp(i * position * frequency): [B, S] int -> complex64 [B, S, R/2].
+
+    The factor is `rope.attention_factor`, 1 but for models that scale cosines and sines (YaRN's mscale in gpt-oss).
+    """
     angle = positions[..., None].float() * inverse_frequencies(rope_dim, rope, positions.device)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.polar(torch.full_like(angle, rope.attention_factor), angle)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

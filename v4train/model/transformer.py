@@ -14,9 +14,10 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from v4train.errors import ConfigError
-from v4train.model.attention.csa import CompressedSparseAttention
+from v4train.model.attention import INDEXED
+from v4train.model.attention.cache import Cache
 from v4train.model.block import Block
-from v4train.model.config import ATTENTION_MODES, ModelConfig, model_config
+from v4train.model.config import ModelConfig, model_config
 from v4train.model.documents import compression_blocks
 from v4train.model.embedding import Embedding
 from v4train.model.head import Head
@@ -24,6 +25,7 @@ from v4train.model.init import initialise
 from v4train.model.losses import Losses
 from v4train.model.moe.router import ScoreRouter
 from v4train.model.mtp import MTP, next_tokens
+from v4train.model.rules import ATTENTION_MODES
 
 
 class ModelOutput(NamedTuple):
@@ -42,9 +44,10 @@ class Transformer(nn.Module):
         self.config = config
         self.losses = Losses()
         self.embedding = Embedding(config)
+        layers = zip(config.layers, config.ffn_kinds, strict=True)
         self.blocks = nn.ModuleList(
-            Block(config, self.losses, kind, hashed=layer < config.moe.num_hash_layers)
-            for layer, kind in enumerate(config.layer_kinds)
+            Block(config, self.losses, attention, ffn, hashed=layer < config.moe.num_hash_layers)
+            for layer, (attention, ffn) in enumerate(layers)
         )
         self.head = Head(config, self.losses)
         self.mtp = MTP(config, self.losses, self.embedding, self.head) if config.mtp.num_layers else None
@@ -54,7 +57,11 @@ class Transformer(nn.Module):
         return [self.embedding, *self.blocks, self.head, *([self.mtp] if self.mtp is not None else [])]
 
     def forward(
-        self, input_ids: Tensor, document_ids: Tensor | None = None, targets: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> ModelOutput:
         """Logits, or the training objective.
 
@@ -63,11 +70,18 @@ class Transformer(nn.Module):
             document_ids: [B, S] int64, constant within a document, changing at each start, -1 for padding; None is
                 one document a row.
             targets: [B, S] int64, already shifted, -100 where ignored. With targets no [B, S, V] tensor is kept.
+            cache: from `new_cache`: the tokens follow those it has seen, one document a row, and join it. Logits only,
+                without gradients; call `eval()` first.
 
         Returns:
             `loss` = lm_loss + weight * mtp_loss; its backward trains everything, the attached balance and indexer
             losses included (in training mode). `losses` are unweighted values for the log.
+
+        Raises:
+            ConfigError: tokens that don't fit the cache.
         """
+        if cache is not None:
+            return self._continue(input_ids, document_ids, cache)
         if document_ids is None:
             document_ids = torch.zeros_like(input_ids)
         state = (None, input_ids, document_ids, targets)
@@ -84,20 +98,43 @@ class Transformer(nn.Module):
             loss = loss + self.config.mtp.loss_weight * losses["mtp_loss"]
         return ModelOutput(None, loss, losses)
 
+    @torch.no_grad()
+    def _continue(self, input_ids: Tensor, document_ids: Tensor | None, cache: Cache) -> ModelOutput:
+        cache.check(input_ids, document_ids)
+        state = self.embedding(None, input_ids, torch.zeros_like(input_ids), None)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            state = block(*state, cache=layer)
+        cache.length += input_ids.shape[1]
+        self.losses.collect()
+        return ModelOutput(self.head.lm_head(self.head.output_norm(state[0]), None), None, {})
+
+    def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> Cache:
+        """Empty cache for `batch` rows of at most `max_length` tokens, allocated at once on the model's device.
+
+        dtype: of everything stored; None is the parameters'.
+        """
+        weight = self.embedding.lookup.weight
+        with torch.device(weight.device):
+            layers = [block.attention.new_cache(batch, max_length) for block in self.blocks]
+        return Cache(batch, max_length, layers).to(dtype or weight.dtype)
+
     def count(self, input_ids: Tensor, document_ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """What each loss of this batch is a mean over: int64 scalars by loss name, for `losses.denominators`."""
         counts = {"lm_loss": (targets != -100).sum()}
         if self.mtp is not None:
             counts["mtp_loss"] = (next_tokens(input_ids, document_ids, targets)[2] != -100).sum()
-        if "csa" in self.config.layer_kinds:
+        kinds = self.config.indexed_kinds
+        if "csa" in kinds:  # by kind: they see something from different tokens on
             blocks = compression_blocks(document_ids, self.config.attention.csa_compression)
-            counts["indexer_kl"] = (blocks.end > blocks.first).sum()
+            counts["indexer_kl_csa"] = (blocks.end > blocks.first).sum()
+        if "dsa" in kinds:
+            counts["indexer_kl_dsa"] = (document_ids >= 0).sum()
         return counts
 
     @property
     def attention_mode(self) -> str:
         """`sparse` (default), `dense` (all visible entries, indexer unused) or `indexer_warmup`."""
-        modes = [module.mode for module in self.modules() if isinstance(module, CompressedSparseAttention)]
+        modes = [module.mode for module in self.modules() if isinstance(module, INDEXED)]
         return modes[0] if modes else "sparse"
 
     @attention_mode.setter
@@ -105,7 +142,7 @@ class Transformer(nn.Module):
         if mode not in ATTENTION_MODES:
             raise ConfigError("attention_mode", mode, "unknown mode", f"use one of {', '.join(ATTENTION_MODES)}")
         for module in self.modules():
-            if isinstance(module, CompressedSparseAttention):
+            if isinstance(module, INDEXED):
                 module.mode = mode
 
     def routers(self) -> dict[str, ScoreRouter]:

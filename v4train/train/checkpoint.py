@@ -21,12 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from v4train.errors import ConfigError
+from v4train.model import Transformer, build_model
 
 FORMAT = 1  # raised when an older reader would misread the files
 MANIFEST = "manifest.json"
@@ -148,10 +151,23 @@ class Reader:
         """Whole CPU tensors of a parameter by state name (`weight`, `exp_avg`, ...)."""
         return {kind: file.get_tensor(name) for kind, file in self._where[name].items()}
 
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters by canonical name, fp32, without the optimizer's state."""
+        return {name: files["weight"].get_tensor(name) for name, files in self._where.items()}
+
     def buffers(self) -> dict[str, Tensor]:
         """All buffers by canonical name."""
         with safe_open(self._buffers, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def load_model(path: Path) -> Transformer:
+    """The model of a checkpoint, on the CPU and in eval mode; the optimizer's state is not read."""
+    reader = Reader(path)
+    with torch.device("meta"):
+        model = build_model(OmegaConf.create(reader.manifest["state"]["config"]["model"]))
+    model.load_state_dict(reader.weights() | reader.buffers(), assign=True)
+    return model.eval()
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:

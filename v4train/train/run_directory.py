@@ -17,6 +17,7 @@ from v4train.train import checkpoint
 # Keys that a continued run must share with the run it continues: with others it would be another experiment.
 BOUND = ("seed", "model", "data", "tokenizer.vocab_size", "optimizer.name", "train.sequence_length")
 FREE = ("model.attention.query_chunk",)  # changes speed, not results
+FIND_RUN = "give the folder of a run, runs/NAME, or of one of its checkpoints"
 
 logger = logging.getLogger("v4train")
 
@@ -88,6 +89,36 @@ class RunDirectory:
                     rule = f"checkpoint {start} was made with {leaf}={then.get(leaf, 'absent')}"
                     remedy = "use another run.name for another experiment, or run.overwrite=true to start anew"
                     raise ConfigError(leaf, now.get(leaf, "absent"), rule, remedy)
+
+
+def find_checkpoint(run: str) -> tuple[RunDirectory, Path]:
+    """The run to read and its newest whole checkpoint, or the one that `run` names. Writes nothing.
+
+    Args:
+        run: folder of a run, or of one of its checkpoints.
+
+    Raises:
+        ConfigError: there is no run, it lacks a checkpoint or its tokenizer, or the checkpoint named is damaged.
+    """
+    path = Path(run).resolve()
+    if not path.is_dir():
+        raise ConfigError("run", run, "there is no such folder", FIND_RUN)
+    if path.parent.name == "checkpoints":
+        directory, found = RunDirectory(path.parent.parent), path
+        if problem := checkpoint.damage(path):
+            raise ConfigError("run", run, f"the checkpoint is damaged ({problem})", "name the run or another one of it")
+    else:
+        directory = RunDirectory(path)
+        if not directory.holds_run():
+            raise ConfigError("run", run, "the folder holds no run", FIND_RUN)
+        found = checkpoint.newest(directory.checkpoints)
+        if found is None:
+            rule = f"no whole checkpoint lies under {directory.checkpoints}"
+            raise ConfigError("run", run, rule, "continue the run until it has written one (checkpoint.every)")
+    if not directory.tokenizer.is_file():
+        rule = f"{directory.tokenizer} is missing"
+        raise ConfigError("run", run, rule, "copy it there from where the run was made")
+    return directory, found
 
 
 def _leaves(node: Any, prefix: str) -> dict[str, Any]:

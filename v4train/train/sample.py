@@ -1,4 +1,7 @@
-"""Text from the model as it stands, by recomputing the whole context for each token (a few dozen tokens only)."""
+"""Text from the model as it stands, by recomputing the whole context for each token (a few dozen tokens only).
+
+`v4train.generation` has the cache, but stops early: here every rank must call the model equally often.
+"""
 
 from collections.abc import Callable
 
@@ -6,6 +9,7 @@ import torch
 from torch import Tensor
 
 from v4train.data import Tokenizer
+from v4train.generation import sample
 
 
 def generate(
@@ -23,14 +27,11 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     for _ in range(length):
-        logits = logits_of(torch.tensor([ids]))[0, -1].float().cpu()
-        if not torch.isfinite(logits).all():  # a diverged model has nothing to say
+        # The corpus may have filled fewer entries than the model embeds.
+        logits = logits_of(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size].cpu()
+        try:
+            ids.append(sample(logits, temperature, 1.0, generator))
+        except FloatingPointError:  # a diverged model has nothing to say
             break
-        logits[tokenizer.vocab_size :] = -torch.inf  # the corpus may have filled fewer entries than the model embeds
-        if temperature == 0:
-            ids.append(int(logits.argmax()))
-        else:
-            probabilities = (logits / temperature).softmax(-1)
-            ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
     end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
     return tokenizer.decode(ids[1:end])

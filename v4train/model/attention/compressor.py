@@ -5,8 +5,10 @@ Shapes: B batch, S sequence, M hidden, N entries, m compression ratio, c entry w
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from v4train.model.documents import Blocks, gather_blocks
+from v4train.model.attention.cache import BlockTail
+from v4train.model.documents import Blocks, compression_blocks, gather_blocks
 from v4train.model.linear import StackedLinear
 from v4train.model.norm import RMSNorm
 from v4train.model.precision import full
@@ -46,7 +48,7 @@ class Compressor(nn.Module):
     def __init__(self, hidden_size: int, entry_dim: int, ratio: int, overlap: bool, eps: float) -> None:
         super().__init__()
         parts = 2 if overlap else 1
-        self.overlap = overlap
+        self.overlap, self.ratio, self.entry_dim = overlap, ratio, entry_dim
         self.kv = StackedLinear(parts, hidden_size, entry_dim)
         self.gate = StackedLinear(parts, hidden_size, entry_dim)
         self.position_bias = nn.Parameter(torch.empty(ratio, parts * entry_dim))
@@ -54,3 +56,28 @@ class Compressor(nn.Module):
 
     def forward(self, x: Tensor, blocks: Blocks) -> Tensor:
         return self.norm(compress(self.kv(x), self.gate(x), self.position_bias, blocks, self.overlap))
+
+    def extend(self, x: Tensor, tail: BlockTail) -> Tensor:
+        """Entries that the next tokens [B, S, M] of a document complete, [B, n, c]; the rest waits in `tail`."""
+        new = torch.stack([self.kv(x), self.gate(x)])
+        tokens = torch.cat([tail.waiting[:, :, : tail.count], new.to(tail.waiting.dtype)], dim=2)
+        complete = tokens.shape[2] // self.ratio
+        blocks, waiting = tokens.split([complete * self.ratio, tokens.shape[2] - complete * self.ratio], dim=2)
+        tail.count = waiting.shape[2]
+        tail.waiting[:, :, : tail.count] = waiting
+        if not complete:
+            return new.new_empty(x.shape[0], 0, self.entry_dim)
+        before = self.overlap and tail.blocks > 0
+        if before:  # a block in front, whose own entry exists already
+            blocks = torch.cat([F.pad(tail.previous, (0, self.entry_dim)), blocks], dim=2)
+        if self.overlap:
+            tail.previous.copy_(blocks[:, :, -self.ratio :, : self.entry_dim])
+        tail.blocks += complete
+        kv, gate = blocks.to(new.dtype)
+        documents = torch.zeros(kv.shape[:2], dtype=torch.long, device=x.device)
+        entries = compress(kv, gate, self.position_bias, compression_blocks(documents, self.ratio), self.overlap)
+        return self.norm(entries[:, 1:] if before else entries)
+
+    def new_tail(self, batch: int) -> BlockTail:
+        """For `extend`, at a document's start."""
+        return BlockTail(batch, self.ratio, 2 if self.overlap else 1, self.entry_dim)

@@ -1,16 +1,18 @@
 """`csa`: compressed sparse attention (V4 report section 2.3.1, eqs. 9-19)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from v4train.model.attention.cache import LayerCache
 from v4train.model.attention.compressor import Compressor
-from v4train.model.attention.core import IndexUse, attend
+from v4train.model.attention.core import Entries, IndexUse, Local, attend
 from v4train.model.attention.indexer import Indexer
-from v4train.model.attention.shared_kv import SharedKVAttention
-from v4train.model.config import ModelConfig
-from v4train.model.documents import compression_blocks
+from v4train.model.attention.shared_kv import SharedKVAttention, Tokens, compressed, new_entry_buffers
+from v4train.model.config import LayerAttention, ModelConfig
+from v4train.model.documents import Blocks
 from v4train.model.losses import Losses
-from v4train.model.rope import rotate, rotations
 
 
 class CompressedSparseAttention(SharedKVAttention):
@@ -20,31 +22,42 @@ class CompressedSparseAttention(SharedKVAttention):
     indexer learns from all visible entries).
     """
 
-    def __init__(self, config: ModelConfig, losses: Losses) -> None:
-        super().__init__(config, config.attention.compressed_rope)
-        options = config.attention
+    def __init__(self, config: ModelConfig, losses: Losses, layer: LayerAttention) -> None:
+        super().__init__(config, layer, layer.options.compressed_rope)
+        options = layer.options
         self.losses, self.mode = losses, "sparse"
-        self.ratio = options.csa_compression
-        self.loss_share = 1 / config.layer_kinds.count("csa")  # the loss is the mean over the layers that have it
-        self.compressor = Compressor(config.hidden_size, options.head_dim, self.ratio, True, config.norm_eps)
-        self.indexer = Indexer(config, self.ratio)
+        ratio = options.csa_compression
+        self.loss_share = 1 / len(config.indexed_kinds)  # the loss is the mean over the layers that have it
+        self.compressor = Compressor(config.hidden_size, options.head_dim, ratio, True, config.norm_eps)
+        self.indexer = Indexer(config, ratio)
 
-    def mix(self, x, latent, query, kv, starts, rotation, document_ids) -> Tensor:
+    def mix(self, query: Tensor, local: Local, tokens: Tokens, cache: LayerCache | None) -> Tensor:
         options = self.options
-        blocks = compression_blocks(document_ids, self.ratio)
-        entry_rotation = rotations(blocks.positions, options.rope_dim, self.rope)
-        entries = rotate(self.compressor(x, blocks), entry_rotation)
-        learning = self.training and self.mode != "dense"
+        keys, seen = compressed(self.compressor, tokens, self.rope, options.rope_dim, cache, "entries")
+        learning = self.training and self.mode != "dense" and cache is None
         scored = index = None
-        if learning or self.mode == "sparse":
+        if learning or self.mode == "sparse" or cache is not None:
             # The indexer learns by its own loss alone, so nothing flows back from it (V4.md 2.3).
             with torch.set_grad_enabled(learning and torch.is_grad_enabled()):
-                scored = self.indexer(x.detach(), latent.detach(), blocks, rotation, entry_rotation)
+                scored = self._index(tokens, cache, seen if cache is None else None)
+        if learning or self.mode == "sparse":
             index = IndexUse(options.indexer.top_k, select=self.mode == "sparse", with_loss=learning)
+        entries = Entries(keys[:, None], None, seen)
         output, kl = attend(
-            query, kv, self.sink, starts, options.window, entries, blocks, scored, index, chunk=options.query_chunk
+            query, local=local, entries=entries, sink=self.sink, scored=scored, index=index, chunk=options.query_chunk
         )
         if learning:
-            kl = self.losses.mean("indexer_kl", kl, (blocks.end > blocks.first).sum())
+            kl = self.losses.mean("indexer_kl_csa", kl, (seen.end > seen.first).sum())
             output = self.losses.attach(output, "indexer_kl", kl, options.indexer.loss_weight * self.loss_share)
         return output
+
+    def _index(self, tokens: Tokens, cache: LayerCache | None, blocks: Blocks | None) -> tuple[Tensor, Tensor, Tensor]:
+        apart = replace(tokens, x=tokens.x.detach(), latent=tokens.latent.detach())
+        keys, _ = compressed(self.indexer.compressor, apart, self.rope, self.options.rope_dim, cache, "index", blocks)
+        return self.indexer(apart.x, apart.latent, tokens.rotation, keys)
+
+    def new_cache(self, batch: int, max_length: int) -> LayerCache:
+        cache = super().new_cache(batch, max_length)
+        cache.buffers |= new_entry_buffers(self.compressor, batch, max_length, "entries")
+        cache.buffers |= new_entry_buffers(self.indexer.compressor, batch, max_length, "index")
+        return cache

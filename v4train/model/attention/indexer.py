@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from v4train.model.attention.compressor import Compressor
 from v4train.model.config import ModelConfig
-from v4train.model.documents import Blocks
 from v4train.model.rope import rotate
 
 
@@ -27,18 +26,16 @@ class Indexer(nn.Module):
         self.query = nn.Linear(config.attention.q_lora_rank, width, bias=False)
         self.head_weight = nn.Linear(config.hidden_size, options.num_heads, bias=False)
 
-    def forward(
-        self, x: Tensor, latent: Tensor, blocks: Blocks, rotation: Tensor, entry_rotation: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, latent: Tensor, rotation: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs of `index_scores`.
 
         Args:
             x: [B, S, M]; latent: [B, S, q_lora_rank]; both detached by the caller.
-            rotation, entry_rotation: complex64 rotations of the tokens and of the entries' first tokens.
+            rotation: complex64 rotations of the tokens.
+            keys: [B, N, J], from `compressor`, rotated.
 
         Returns:
             query [B, S, I, J], keys [B, N, J], head weights [B, S, I] with I^-0.5 * J^-0.5 included.
         """
         query = rotate(self.query(latent).unflatten(-1, (self.num_heads, -1)), rotation)
-        keys = rotate(self.compressor(x, blocks), entry_rotation)
         return query, keys, self.head_weight(x) * self.scale

@@ -3,26 +3,41 @@
 One KV head serves as key and value of all query heads. `swa` sees a window; `csa` adds entries compressed 4 to 1, of
 which the lightning indexer selects the top-k; `hca` adds all entries compressed 128 to 1.
 
-Shapes: B batch, S sequence, M hidden, H heads, D head width.
+Shapes: B batch, S sequence, M hidden, H heads, D head width, N entries.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from v4train.model.attention.core import attend
-from v4train.model.config import ModelConfig, RopeConfig
-from v4train.model.documents import document_starts
+from v4train.model.attention.cache import LayerCache, TokenBuffer, window_capacity
+from v4train.model.attention.compressor import Compressor
+from v4train.model.attention.core import Local, attend
+from v4train.model.config import LayerAttention, ModelConfig, RopeConfig
+from v4train.model.documents import Blocks, EntryRange, Place, compression_blocks, place
 from v4train.model.linear import GroupedLinear
 from v4train.model.norm import RMSNorm, rms_norm
 from v4train.model.rope import rotate, rotations
 
 
+@dataclass
+class Tokens:
+    """What a kind may need of the tokens of one forward pass beside the shared KV head."""
+
+    x: Tensor  # [B, S, M]
+    latent: Tensor  # [B, S, q_lora_rank]
+    document_ids: Tensor  # [B, S]
+    place: Place
+    rotation: Tensor  # complex64 [B, S, R/2]
+
+
 class SharedKVAttention(nn.Module):
     """Queries, the shared KV head, sink and grouped output projection; subclasses add compressed entries."""
 
-    def __init__(self, config: ModelConfig, rope: RopeConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerAttention, rope: RopeConfig) -> None:
         super().__init__()
-        attention = config.attention
+        attention = layer.options
         width = attention.num_heads * attention.head_dim
         self.options, self.rope, self.eps = attention, rope, config.norm_eps
         self.query_down = nn.Linear(config.hidden_size, attention.q_lora_rank, bias=False)
@@ -34,30 +49,62 @@ class SharedKVAttention(nn.Module):
         self.output_down = GroupedLinear(attention.o_groups, width // attention.o_groups, attention.o_lora_rank)
         self.output_up = nn.Linear(attention.o_groups * attention.o_lora_rank, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, document_ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, document_ids: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Attention of normalised hidden states [B, S, M] within documents [B, S]; returns [B, S, M]."""
-        starts = document_starts(document_ids)
-        positions = torch.arange(x.shape[1], device=x.device) - starts
-        rotation = rotations(positions, self.options.rope_dim, self.rope)
+        where = place(document_ids, None if cache is None else cache.length)
+        rotation = rotations(where.positions, self.options.rope_dim, self.rope)
         latent = self.query_norm(self.query_down(x))
         query = rms_norm(self.query_up(latent).unflatten(-1, (self.options.num_heads, -1)), self.eps)
         query = rotate(query, rotation)
-        kv = rotate(self.kv_norm(self.kv(x)), rotation)
-        output = self.mix(x, latent, query, kv, starts, rotation, document_ids)
+        kv = rotate(self.kv_norm(self.kv(x)), rotation)[:, None]
+        tokens = Tokens(x, latent, document_ids, where, rotation)
+        if cache is not None:
+            kv = cache["window"].extend(kv)
+        output = self.mix(query, Local(kv, None, where.starts, self.options.window), tokens, cache)
         output = rotate(output, rotation.conj())
         grouped = output.flatten(-2).unflatten(-1, (self.options.o_groups, -1))
+        if cache is not None:
+            cache.length += x.shape[1]
         return self.output_up(self.output_down(grouped).flatten(-2))
 
-    def mix(
-        self,
-        x: Tensor,
-        latent: Tensor,
-        query: Tensor,
-        kv: Tensor,
-        starts: Tensor,
-        rotation: Tensor,
-        document_ids: Tensor,
-    ) -> Tensor:
+    def mix(self, query: Tensor, local: Local, tokens: Tokens, cache: LayerCache | None) -> Tensor:
         """The softmax over what this kind of layer sees, [B, S, H, D]: here the window alone."""
-        options = self.options
-        return attend(query, kv, self.sink, starts, options.window, chunk=options.query_chunk)[0]
+        return attend(query, local=local, sink=self.sink, chunk=self.options.query_chunk)[0]
+
+    def new_cache(self, batch: int, max_length: int) -> LayerCache:
+        """Empty cache of this layer for `batch` rows of at most `max_length` tokens."""
+        capacity = window_capacity(self.options.window, 1, max_length)
+        return LayerCache({"window": TokenBuffer(batch, 1, capacity, self.options.head_dim)})
+
+
+def compressed(
+    compressor: Compressor,
+    tokens: Tokens,
+    rope: RopeConfig,
+    rope_dim: int,
+    cache: LayerCache | None,
+    name: str,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, EntryRange]:
+    """Rotated entries [B, N, c] of all tokens so far, and which of them each query sees.
+
+    The cache holds them in the buffer `name`, and the tokens that wait in `<name>_tail`. blocks: of a packed batch,
+    where another compressor of the same ratio has laid them out already.
+    """
+    if cache is None:
+        blocks = blocks or compression_blocks(tokens.document_ids, compressor.ratio)
+        return rotate(compressor(tokens.x, blocks), rotations(blocks.positions, rope_dim, rope)), blocks
+    tail, positions = cache[f"{name}_tail"], tokens.place.positions
+    first = tail.blocks
+    new = compressor.extend(tokens.x, tail)
+    starts = torch.arange(first, tail.blocks, device=new.device).expand(new.shape[:2]) * compressor.ratio
+    entries = cache[name].extend(rotate(new, rotations(starts, rope_dim, rope))[:, None])[:, 0]
+    end = (positions + 1) // compressor.ratio
+    seen = EntryRange(first=torch.zeros_like(end), end=end, ratio=compressor.ratio, offset=tokens.place.previous)
+    return entries, seen
+
+
+def new_entry_buffers(compressor: Compressor, batch: int, max_length: int, name: str) -> dict:
+    """Buffers of `compressed` for an empty cache."""
+    entries = TokenBuffer(batch, 1, max_length // compressor.ratio, compressor.entry_dim)
+    return {name: entries, f"{name}_tail": compressor.new_tail(batch)}

@@ -3,9 +3,16 @@
 from torch import Tensor, nn
 
 from v4train.model.config import ModelConfig
+from v4train.model.ffn import SwiGLU
 from v4train.model.losses import Losses
-from v4train.model.moe.experts import Experts, SharedExpert
+from v4train.model.moe.experts import Experts
 from v4train.model.moe.router import HashRouter, ScoreRouter
+
+
+def num_score_routers(config: ModelConfig) -> int:
+    """MoE layers that are not hash-routed, MTP block included: those that have a balance loss."""
+    layers = config.ffn_kinds[config.moe.num_hash_layers :] + [config.mtp_ffn] * config.mtp.num_layers
+    return layers.count("moe")
 
 
 class MoE(nn.Module):
@@ -13,10 +20,13 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, losses: Losses, hashed: bool) -> None:
         super().__init__()
-        num_routers = config.num_layers - config.moe.num_hash_layers + config.mtp.num_layers
-        self.router = HashRouter(config) if hashed else ScoreRouter(config, losses, num_routers)
+        moe = config.moe
+        self.router = HashRouter(config) if hashed else ScoreRouter(config, losses, num_score_routers(config))
         self.experts = Experts(config)
-        self.shared = SharedExpert(config) if config.moe.num_shared_experts else None
+        self.shared = None
+        if moe.num_shared_experts:
+            width = moe.intermediate_size * moe.num_shared_experts
+            self.shared = SwiGLU(config.hidden_size, width, moe.swiglu_limit)
 
     def forward(self, x: Tensor, input_ids: Tensor, document_ids: Tensor) -> Tensor:
         """Hidden states [B, S, M] of tokens `input_ids` [B, S] to [B, S, M]."""

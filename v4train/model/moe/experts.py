@@ -8,12 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from v4train.model.config import ModelConfig
-from v4train.model.linear import StackedLinear
-
-
-def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit) (V4 report section 4.2.3)."""
-    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+from v4train.model.ffn import ACTIVATIONS
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -65,14 +60,18 @@ class _Unsort(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts: gate_up [E, 2, I, M] (gate, up), down [E, M, I]."""
+    """E SwiGLU experts: gate_up [E, 2, I, M] (gate, up), down [E, M, I]; biases [E, 2, I], [E, M] if configured."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         moe, hidden = config.moe, config.hidden_size
-        self.limit = moe.swiglu_limit
+        self.limit, self.activation = moe.swiglu_limit, ACTIVATIONS[moe.activation]
         self.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2, moe.intermediate_size, hidden))
         self.down = nn.Parameter(torch.empty(moe.num_experts, hidden, moe.intermediate_size))
+        self.gate_up_bias = self.down_bias = None
+        if moe.expert_bias:
+            self.gate_up_bias = nn.Parameter(torch.empty(moe.num_experts, 2, moe.intermediate_size))
+            self.down_bias = nn.Parameter(torch.empty(moe.num_experts, hidden))
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """sum_k weights[t, k] * E_chosen[t, k](x[t]): [T, M], [T, K] int64, [T, K] -> [T, M]."""
@@ -80,23 +79,13 @@ class Experts(nn.Module):
         order = flat.argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         ends = torch.bincount(flat, minlength=self.down.shape[0]).cumsum(0).to(torch.int32)
-        rows = _Dispatch.apply(x, order, inverse)
-        gate, up = grouped_linear(rows, self.gate_up.flatten(1, 2), ends).chunk(2, dim=-1)
-        rows = grouped_linear(clamped_swiglu(gate, up, self.limit), self.down, ends)
+        rows, expert = _Dispatch.apply(x, order, inverse), flat[order]
+        gate_up = grouped_linear(rows, self.gate_up.flatten(1, 2), ends)
+        if self.gate_up_bias is not None:
+            gate_up = gate_up + self.gate_up_bias.flatten(1)[expert]
+        rows = self.activation(*gate_up.chunk(2, dim=-1), self.limit)
+        rows = grouped_linear(rows, self.down, ends)
+        if self.down_bias is not None:
+            rows = rows + self.down_bias[expert]
         rows = _Unsort.apply(rows, order, inverse).unflatten(0, chosen.shape)
         return torch.einsum("tkm,tk->tm", rows, weights.to(rows.dtype))
-
-
-class SharedExpert(nn.Module):
-    """A SwiGLU FFN that every token passes: gate_up [2, I, M], down [M, I]; clamped as the routed ones are."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        inner = config.moe.intermediate_size * config.moe.num_shared_experts
-        self.limit = config.moe.swiglu_limit
-        self.gate_up = StackedLinear(2, config.hidden_size, inner)
-        self.down = nn.Linear(inner, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(clamped_swiglu(gate, up, self.limit))

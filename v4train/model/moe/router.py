@@ -1,4 +1,4 @@
-"""Routers of V4's MoE: scored with a selection bias, or hashed by token id (V4 report section 2.1, V4.md 2.5).
+"""Routers: scored with a selection bias, or hashed by token id (V4 report section 2.1, V4.md 2.5); V3's and gpt-oss's.
 
 Shapes: B batch, S sequence, M hidden, E experts, K experts per token.
 """
@@ -16,15 +16,37 @@ TINY = 1e-30  # keeps the gradient of sqrt finite once softplus underflows (x = 
 GATE_EPS = 1e-20  # floor of the gate normaliser, as in the released code
 
 
-def affinities(logits: Tensor) -> Tensor:
-    """sqrt(softplus(x)), fp32, with a finite gradient everywhere."""
-    return torch.sqrt(F.softplus(logits) + TINY)
+def affinities(logits: Tensor, scoring: str) -> Tensor:
+    """Positive scores [..., E], fp32, with a finite gradient everywhere: V4's sqrt(softplus(x)), V3's sigmoid(x), or
+    gpt-oss's softmax over the experts (normalised over the chosen ones it is the softmax of their logits)."""
+    if scoring == "sigmoid":
+        return torch.sigmoid(logits)
+    return logits.softmax(-1) if scoring == "softmax" else torch.sqrt(F.softplus(logits) + TINY)
+
+
+def select(scores: Tensor, top_k: int, num_groups: int, top_k_groups: int) -> Tensor:
+    """Indices [..., K] of the best experts among those of the best groups: [..., E] -> int64.
+
+    A group's score is the sum of its two best (V3 report section 2.1.2, node-limited routing). One group is none.
+    """
+    if num_groups > 1:
+        grouped = scores.unflatten(-1, (num_groups, -1))
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(top_k_groups, dim=-1).indices
+        allowed = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+        scores = grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
+    return scores.topk(top_k, dim=-1).indices
 
 
 def gates(scores: Tensor, chosen: Tensor, scaling: float) -> Tensor:
     """Weights of the chosen experts, normalised over them and scaled: [.., E], [.., K] -> [.., K]."""
     weights = scores.gather(-1, chosen)
     return weights / (weights.sum(-1, keepdim=True) + GATE_EPS) * scaling
+
+
+def router_scores(x: Tensor, weight: Tensor, logit_bias: Tensor | None, scoring: str) -> Tensor:
+    """Affinities of hidden states [..., M] to experts, weight [E, M]: fp32 [..., E]."""
+    with full_precision(x.device.type):
+        return affinities(F.linear(full(x), full(weight), None if logit_bias is None else full(logit_bias)), scoring)
 
 
 class ScoreRouter(nn.Module):
@@ -35,14 +57,15 @@ class ScoreRouter(nn.Module):
         self.options, self.losses = config.moe, losses
         self.loss_share = 1 / num_routers  # the balance loss is the mean over score-routed layers
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
+        self.logit_bias = nn.Parameter(torch.empty(config.moe.num_experts)) if config.moe.router_bias else None
         self.register_buffer("bias", torch.empty(config.moe.num_experts, dtype=torch.float32))
         self.load: Tensor | None = None  # [E] tokens sent to each expert since `take_load`
 
     def forward(self, x: Tensor, input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Experts [B, S, K] int64 and their weights [B, S, K] fp32 for hidden states [B, S, M]."""
-        with full_precision(x.device.type):
-            scores = affinities(F.linear(full(x), full(self.weight)))
-        chosen = (scores.detach() + self.bias).topk(self.options.top_k, dim=-1).indices
+        options = self.options
+        scores = router_scores(x, self.weight, self.logit_bias, options.scoring)
+        chosen = select(scores.detach() + self.bias, options.top_k, options.num_groups, options.top_k_groups)
         weights = gates(scores, chosen, self.options.routed_scaling_factor)
         if self.training:
             valid = document_ids >= 0
@@ -82,8 +105,7 @@ class HashRouter(nn.Module):
 
     def forward(self, x: Tensor, input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Experts [B, S, K] int64 and their weights [B, S, K] fp32 for hidden states [B, S, M]."""
-        with full_precision(x.device.type):
-            scores = affinities(F.linear(full(x), full(self.weight)))
+        scores = router_scores(x, self.weight, None, self.options.scoring)
         chosen = self.table[input_ids]
         return chosen, gates(scores, chosen, self.options.routed_scaling_factor)
 

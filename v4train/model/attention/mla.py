@@ -1,0 +1,101 @@
+"""`mla`: multi-head latent attention of DeepSeek V2 and V3 (arXiv 2405.04434 section 2.1; V4.md 3).
+
+Queries come from a latent, keys and values from another one that all heads share, and one rotated key a token carries
+the position. Trained in expanded form, each head with keys and values of its own; decoded in absorbed form, where each
+query goes to the latent space and only latent and rotated key are cached.
+
+Shapes: B batch, S sequence, M hidden, H heads, L latent (kv_lora_rank), P nope_dim, R rope_dim, E value_dim.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from v4train.model.attention.cache import LayerCache
+from v4train.model.attention.local import attend_locally, local_buffers
+from v4train.model.config import LayerAttention, ModelConfig
+from v4train.model.documents import Place, place
+from v4train.model.losses import Losses
+from v4train.model.norm import RMSNorm
+from v4train.model.rope import rotate, rotations
+
+
+class HeadsFromLatent(nn.Module):
+    """One matrix [D, L] a head, as one weight [H * D, L]."""
+
+    def __init__(self, num_heads: int, latent: int, width: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.weight = nn.Parameter(torch.empty(num_heads * width, latent))
+
+    def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """A latent of all heads [B, S, L], or one a head [B, S, H, L], to [B, S, H, D]; transposed, the way back."""
+        if x.dim() == 3:
+            return F.linear(x, self.weight).unflatten(-1, (self.num_heads, -1))
+        weight = self.weight.unflatten(0, (self.num_heads, -1))
+        return torch.einsum("bshd,hdl->bshl" if transposed else "bshl,hdl->bshd", x, weight)
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Low-rank queries, keys and values, with decoupled RoPE."""
+
+    def __init__(self, config: ModelConfig, losses: Losses, layer: LayerAttention) -> None:
+        super().__init__()
+        options, hidden = layer.options, config.hidden_size
+        self.options, self.chunk = options, config.attention.query_chunk
+        self.scale = options.logit_factor * (options.nope_dim + options.rope_dim) ** -0.5
+        heads, latent = options.num_heads, options.kv_lora_rank
+        self.query_down = nn.Linear(hidden, options.q_lora_rank, bias=False)
+        self.query_norm = RMSNorm(options.q_lora_rank, config.norm_eps)
+        self.query_up = nn.Linear(options.q_lora_rank, heads * (options.nope_dim + options.rope_dim), bias=False)
+        self.kv_down = nn.Linear(hidden, latent, bias=False)
+        self.kv_norm = RMSNorm(latent, config.norm_eps)
+        self.rope_key = nn.Linear(hidden, options.rope_dim, bias=False)
+        self.key_up = HeadsFromLatent(heads, latent, options.nope_dim)
+        self.value_up = HeadsFromLatent(heads, latent, options.value_dim)
+        self.output = nn.Linear(heads * options.value_dim, hidden, bias=False)
+        self.sink = nn.Parameter(torch.empty(heads)) if options.sink else None
+
+    def forward(self, x: Tensor, document_ids: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Attention of normalised hidden states [B, S, M] within documents [B, S]; returns [B, S, M]."""
+        options = self.options
+        where = place(document_ids, None if cache is None else cache.length)
+        rotation = rotations(where.positions, options.rope_dim, options.rope)
+        query_latent = self.query_norm(self.query_down(x))
+        query = rotate(self.query_up(query_latent).unflatten(-1, (options.num_heads, -1)), rotation)
+        latent = self.kv_norm(self.kv_down(x))
+        rope_key = rotate(self.rope_key(x), rotation)
+        if cache is None:
+            shared = rope_key[:, :, None].expand(-1, -1, options.num_heads, -1)
+            keys = torch.cat([self.key_up(latent), shared], dim=-1).transpose(1, 2)
+            values = self.value_up(latent).transpose(1, 2)
+        else:
+            plain, rotated = query.split([options.nope_dim, options.rope_dim], dim=-1)
+            query = torch.cat([self.key_up(plain, transposed=True), rotated], dim=-1)
+            keys, values = torch.cat([latent, rope_key], dim=-1)[:, None], latent[:, None]
+        output = self.mix(query, keys, values, x, query_latent, rotation, document_ids, where, cache)
+        if cache is not None:
+            output = self.value_up(output)
+            cache.length += x.shape[1]
+        return self.output(output.flatten(-2))
+
+    def mix(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        x: Tensor,
+        query_latent: Tensor,
+        rotation: Tensor,
+        document_ids: Tensor,
+        where: Place,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """The softmax, [B, S, H, E]; with a cache one KV head, [B, 1, S, L + R] and [B, 1, S, L], to [B, S, H, L]."""
+        inputs = (query, keys, values, document_ids, where, cache)
+        return attend_locally(self.options, *inputs, sink=self.sink, scale=self.scale, chunk=self.chunk)
+
+    def new_cache(self, batch: int, max_length: int) -> LayerCache:
+        """Empty cache of this layer for `batch` rows of at most `max_length` tokens."""
+        width = self.options.kv_lora_rank + self.options.rope_dim
+        return LayerCache(local_buffers(self.options, batch, 1, max_length, keys=width))
