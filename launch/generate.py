@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from v4train.config import DEVICES, PRECISIONS, config_dir
+from v4train.config import PRECISIONS, checked_device, config_dir
 from v4train.data import Tokenizer
 from v4train.errors import ConfigError
 from v4train.generation import GenerationConfig, generate, stream_text
@@ -44,14 +44,9 @@ class GenerateConfig(GenerationConfig):
         super().__post_init__()
         if self.run is None:
             raise ConfigError("run", "missing", "nothing says which model to use", "give run=runs/NAME")
-        for key, known in (("device", DEVICES), ("precision", PRECISIONS)):
-            if getattr(self, key) not in known:
-                raise ConfigError(key, getattr(self, key), f"unknown {key}", f"use one of {', '.join(known)}")
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            rule = "PyTorch sees no CUDA device here"
-            raise ConfigError("device", self.device, rule, "use device=cpu or device=auto")
+        if self.precision not in PRECISIONS:
+            raise ConfigError("precision", self.precision, "unknown precision", f"use one of {', '.join(PRECISIONS)}")
+        self.device = checked_device(self.device)
 
 
 def main(arguments: list[str]) -> None:
@@ -107,10 +102,7 @@ def read_arguments(arguments: list[str]) -> tuple[GenerateConfig, str]:
         given[key] = value
     values |= given
     prompt = values.pop("prompt")  # never to OmegaConf, which would read ${...} in it
-    try:
-        config = structured(GenerateConfig, values, "")
-    except ConfigError as error:
-        raise ConfigError(error.key.lstrip("."), error.value, error.rule, error.remedy) from error
+    config = structured(GenerateConfig, values, "")
     if config.prompt_file is None:
         return config, _text(re.sub(r"\\[nt\\]", lambda match: ESCAPES[match[0]], prompt), "prompt")
     if "prompt" in given:

@@ -163,7 +163,7 @@ def settings(config: DictConfig) -> Settings:
         parallelism=parallelism,
         checkpoint=structured(CheckpointConfig, resolved["checkpoint"], "checkpoint"),
         tracking=structured(TrackingConfig, resolved["tracking"], "tracking"),
-        topology=make_topology(parallelism, _device(device)),
+        topology=make_topology(parallelism, checked_device(device)),
         resolved=resolved,
     )
     _check_train(made.train, made.topology.data_size)
@@ -184,7 +184,8 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(error.full_key or "config", "?", rule, "set it on the command line") from error
 
 
-def _device(device: str) -> str:
+def checked_device(device: str) -> str:
+    """`cpu` or `cuda`, of which `auto` picks one. Raises ConfigError for another word, or CUDA where there is none."""
     import torch
 
     if device not in DEVICES:

@@ -64,9 +64,11 @@ def generate(
             for each token.
 
     Raises:
-        ConfigError: the cache is too small.
+        ConfigError: the cache is too small, or not empty.
         FloatingPointError: the logits are not finite.
     """
+    if cache is not None and cache.length:
+        raise ConfigError("cache", f"{cache.length} tokens", "it has seen a text already", "make a new one")
     generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(prompts))]
     left = [config.max_new_tokens] * len(prompts)  # tokens that each row may still add
     length = min(map(len, prompts))  # every row is this long; a longer prompt goes on with its own tokens

@@ -16,7 +16,7 @@ def structured(kind: type[T], node: DictConfig | dict, prefix: str) -> T:
     """Instance of dataclass `kind` from `node`, interpolations resolved.
 
     Args:
-        prefix: where the node stands in the whole configuration, e.g. `model`, for messages.
+        prefix: where the node stands in the whole configuration, e.g. `model`, for messages; empty at the top.
 
     Raises:
         ConfigError: a key that `kind` lacks (with the nearest one it has), a missing key, or a wrong type.
@@ -31,7 +31,7 @@ def structured(kind: type[T], node: DictConfig | dict, prefix: str) -> T:
         key = error.full_key or ""
         rule = str(error.msg or error).splitlines()[0].rstrip(".")
         remedy = "give a value of that type" if key else "see conf/ for the keys"
-        raise ConfigError(f"{prefix}.{key}".rstrip("."), _look_up(values, key), rule, remedy) from error
+        raise ConfigError(_join(prefix, key), _look_up(values, key), rule, remedy) from error
 
 
 def _check_keys(kind: type, values: dict[str, Any], prefix: str) -> None:
@@ -39,13 +39,17 @@ def _check_keys(kind: type, values: dict[str, Any], prefix: str) -> None:
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            remedy = f"did you mean {prefix}.{near[0]}?" if near else f"known keys: {', '.join(known)}"
-            raise ConfigError(f"{prefix}.{key}", value, "unknown key", remedy)
+            remedy = f"did you mean {_join(prefix, near[0])}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(_join(prefix, key), value, "unknown key", remedy)
         if is_dataclass(known[key]) and isinstance(value, dict):
-            _check_keys(known[key], value, f"{prefix}.{key}")
+            _check_keys(known[key], value, _join(prefix, key))
     for key in known:
         if key not in values:
-            raise ConfigError(f"{prefix}.{key}", "missing", "it has no value", "set it; conf/ shows typical ones")
+            raise ConfigError(_join(prefix, key), "missing", "it has no value", "set it; conf/ shows typical ones")
+
+
+def _join(prefix: str, key: str) -> str:
+    return ".".join(part for part in (prefix, key) if part)
 
 
 def _look_up(values: Any, key: str) -> Any:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models import random_model, random_tokens, tiny_config
+from v4train.errors import ConfigError
 
 KINDS = ["mha", "mqa", "gqa", "mla", "dsa", "swa", "csa", "hca"]
 LOCAL = ["mha", "mqa", "gqa", "mla"]
@@ -110,6 +111,77 @@ def test_decoding_under_autocast(kind):
     difference = (torch.cat(parts, dim=1) - whole).abs()
     # where rounding changes what the indexer selects, single positions differ more
     assert difference.mean() < 0.05 * whole.std()
+
+
+def sharded(model):
+    """As under ZeRO 3: a parameter has its numbers only while the module that owns it runs its `forward`."""
+    whole = {parameter: parameter.data for parameter in model.parameters()}
+
+    def show(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = whole[parameter]
+
+    def hide(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.empty(0)
+
+    for module in model.modules():
+        hide(module)
+        module.register_forward_pre_hook(show)
+        module.register_forward_hook(hide)
+    return model
+
+
+@pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_read_by_their_owners_alone(kind, residual):
+    """DESIGN 6. With and without a cache, for logits and losses."""
+    word = f"{kind}:sink=true:window=9:global_tokens=1" if kind in LOCAL else kind
+    config = tiny_config([word, kind], residual__kind=residual, moe__expert_bias=True, mtp__attention=kind)
+    tokens = random_tokens(2, 40)
+    whole = random_model(config)
+    expected, cache = logits(whole.eval(), tokens), whole.new_cache(2, 40)
+    loss = whole.train()(tokens, targets=tokens).loss
+    model = sharded(random_model(config))
+    assert torch.equal(logits(model.eval(), tokens), expected)
+    check(torch.cat([model(part, cache=cache).logits for part in tokens.split(20, dim=1)], dim=1), expected)
+    assert torch.equal(model.train()(tokens, targets=tokens).loss, loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_weights(kind):
+    model = random_model(tiny_config([kind, kind])).bfloat16()
+    tokens = random_tokens(2, 40)
+    model(tokens, targets=tokens).loss.backward()
+    cache = model.eval().new_cache(2, 40)
+    assert in_pieces(model, tokens, [30, 1, 9]).isfinite().all()
+    assert cache.nbytes() * 2 == model_of((kind, kind)).new_cache(2, 40).nbytes()
+
+
+def test_generation_records_and_counts_nothing():
+    """Even in training mode."""
+    model = random_model(tiny_config("dsa csa mla")).train()
+    tokens = random_tokens(2, 20)
+    model(tokens, cache=model.new_cache(2, 20))
+    assert model.losses.collect() == {}
+    assert all(router.take_load().sum() == 0 for router in model.routers().values())
+    with pytest.raises(ValueError, match="targets and a cache"):
+        model(tokens, targets=tokens, cache=model.new_cache(2, 20))
+
+
+def test_what_does_not_fit_a_cache_is_refused():
+    model = model_of(("gqa", "csa"))
+    tokens, cache = random_tokens(2, 12), model.new_cache(2, 10)
+    for bad, ids, message in [
+        (tokens[:1, :5], None, "holds 2 rows"),
+        (tokens, None, "room for 10 tokens"),
+        (tokens[:, :6], torch.tensor([[0, 0, 0, 1, 1, 1]] * 2), "one document"),
+        (tokens[:, :6], torch.full((2, 6), -1), "without padding"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            model(bad, ids, cache=cache)
+    assert cache.length == 0
+    check(model(tokens[:, :10], torch.full((2, 10), 7), cache=cache).logits, logits(model, tokens[:, :10]))
 
 
 def copied(source, target):

@@ -150,6 +150,12 @@ def test_counts():
     counts = {name: count.item() for name, count in fresh().count(*BATCH).items()}
     assert counts == {"lm_loss": 83 - 4, "mtp_loss": 83 - 8, "indexer_kl_csa": 83 - 12}
     assert fresh(mix="dsa csa").count(*BATCH)["indexer_kl_dsa"] == 83
+    # MTP: a document's last token has no next one, which is padding to it
+    for kind, expected in (("dsa", 83 - 4), ("csa", 83 - 12 - 4)):
+        model = fresh(mix="swa dsa", mtp__attention=kind)
+        own, model.losses.denominators = model(*BATCH).losses, model.count(*BATCH)
+        assert model.losses.denominators["indexer_kl_mtp"] == expected
+        torch.testing.assert_close(model(*BATCH).losses["indexer_kl"], own["indexer_kl"])
     assert list(fresh(mix="swa hca", mtp__num_layers=0).count(*BATCH)) == ["lm_loss"]
 
 

@@ -4,7 +4,6 @@ Counted: every matrix product that a token passes, and the attention over what i
 softmax, Sinkhorn, and what an implementation computes only to mask it.
 """
 
-from v4train.analysis.kv_cache import num_kv_heads
 from v4train.model.config import AttentionConfig, IndexerConfig, LayerAttention, MLAConfig, ModelConfig
 
 
@@ -49,7 +48,7 @@ def attention_matrices(config: ModelConfig, layer: LayerAttention) -> int:
     """Matrix elements of one layer's attention that a token is multiplied with (mla: as many in either form)."""
     hidden, options = config.hidden_size, layer.options
     if layer.kind in ("mha", "mqa", "gqa"):
-        return 2 * hidden * options.head_dim * (options.num_heads + num_kv_heads(layer))
+        return 2 * hidden * options.head_dim * (options.num_heads + layer.num_kv_heads)
     if layer.kind == "mla":
         return _mla(hidden, options)
     if layer.kind == "dsa":

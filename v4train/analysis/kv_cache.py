@@ -51,16 +51,11 @@ def cache_bytes_per_token(config: ModelConfig, layer: LayerAttention, bytes_per_
     return bytes_per_value * sum(part.width / part.ratio for part in growing)
 
 
-def num_kv_heads(layer: LayerAttention) -> int:
-    """KV heads of a `mha`, `mqa` or `gqa` layer."""
-    return {"mha": layer.options.num_heads, "mqa": 1, "gqa": layer.options.num_kv_heads}[layer.kind]
-
-
 def cache_parts(config: ModelConfig, layer: LayerAttention) -> dict[str, Part]:
     """Buffers of one layer by the names that the cache has for them."""
     kind, options = layer.kind, layer.options
     if kind in ("mha", "mqa", "gqa"):
-        width = num_kv_heads(layer) * options.head_dim
+        width = layer.num_kv_heads * options.head_dim
         return _local(options, keys=width, values=width)
     if kind == "mla":
         return _local(options, keys=options.kv_lora_rank + options.rope_dim)

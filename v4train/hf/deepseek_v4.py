@@ -136,7 +136,7 @@ def _describe_attention(config: PreTrainedConfig, preset: AttentionConfig) -> At
         preset,
         num_heads=config.num_attention_heads,
         head_dim=config.head_dim,
-        rope_dim=int(config.head_dim * config.partial_rotary_factor),
+        rope_dim=round(config.head_dim * config.partial_rotary_factor),
         q_lora_rank=config.q_lora_rank,
         o_groups=config.o_groups,
         o_lora_rank=config.o_lora_rank,

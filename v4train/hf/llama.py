@@ -55,7 +55,7 @@ def attention_settings(config: ModelConfig, name: str) -> dict[str, Any]:
     gqa = config.attention.gqa
     hold(config, name, residual__kind="plain", attention__gqa__rope_dim=gqa.head_dim)
     hold_layers(config, name, "attention.gqa.", dilation=1, global_tokens=0)
-    kv_heads = {{"mha": gqa.num_heads, "mqa": 1, "gqa": gqa.num_kv_heads}[kind] for kind in config.layer_kinds}
+    kv_heads = {layer.num_kv_heads for layer in config.layers}
     if len(kv_heads) > 1:
         rule = f"transformers' {name} has as many KV heads in each layer"
         refuse("attention_mix", config.attention_mix, rule, "use one of mha, mqa and gqa")

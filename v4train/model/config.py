@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from v4train.model.mix import expand_mix, parse_layer
+from v4train.model.mix import INDEXED_KINDS, expand_mix, parse_layer
 from v4train.model.rules import validate
 from v4train.structured import structured
 
@@ -100,6 +100,11 @@ class LayerAttention:
 
     kind: str
     options: AttentionConfig | GQAConfig | MLAConfig
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key-value heads of an `mha`, `mqa` or `gqa` layer."""
+        return {"mha": self.options.num_heads, "mqa": 1, "gqa": self.options.num_kv_heads}[self.kind]
 
 
 @dataclass
@@ -214,7 +219,7 @@ class ModelConfig:
     def indexed_kinds(self) -> list[str]:
         """Kind of each layer with a lightning indexer, MTP block included."""
         kinds = self.layer_kinds + [self.mtp_layer.kind] * self.mtp.num_layers
-        return [kind for kind in kinds if kind in ("csa", "dsa")]
+        return [kind for kind in kinds if kind in INDEXED_KINDS]
 
     @property
     def num_streams(self) -> int:

@@ -6,6 +6,8 @@ there and the main loss (recomputation, a pipeline) needs to know of it.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -39,6 +41,16 @@ class Losses:
         self.scale: float = 1.0
         self.denominators: dict[str, Tensor | float] = {}
         self._values: dict[str, list[Tensor]] = defaultdict(list)
+        self._silent = False
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Inside, nothing is recorded or counted, even in training mode: generation."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
 
     def mean(self, name: str, total: Tensor, count: Tensor) -> Tensor:
         """`total` over the trainer's denominator for `name`, or over `count` (at least 1)."""
@@ -46,8 +58,8 @@ class Losses:
 
     @property
     def recording(self) -> bool:
-        """False inside backward: there activation checkpointing recomputes what forward has recorded."""
-        return torch._C._current_graph_task_id() == -1
+        """False inside backward, where activation checkpointing recomputes what forward has recorded, and if silent."""
+        return not self._silent and torch._C._current_graph_task_id() == -1
 
     def record(self, name: str, value: Tensor) -> None:
         """Keep a value for the log. Values recorded several times (once a layer) are averaged."""

@@ -17,6 +17,8 @@ ATTENTION_KINDS = {
     "csa": ("window",),
     "hca": ("window",),
 }
+INDEXED_KINDS = ("csa", "dsa")  # with a lightning indexer
+LARGEST = 2**40
 EXAMPLE = 'write one like "swa*2 (csa hca)*20 csa"'
 
 
@@ -31,7 +33,7 @@ def expand_mix(mix: Any, key: str = "attention_mix") -> list[str]:
         return [str(kind) for kind in mix]
     if not isinstance(mix, str):
         refuse(key, mix, "neither a list of kinds nor a pattern", EXAMPLE)
-    tokens = re.findall(r"[\w:=]+|[()*]", mix)
+    tokens = re.findall(r"[\w:=.\-]+|[()*]", mix)
     if "".join(tokens) != re.sub(r"[\s,]+", "", mix):
         refuse(key, mix, "not a pattern", EXAMPLE)
     kinds, rest = _expand(tokens, mix, key)
@@ -52,7 +54,7 @@ def _expand(tokens: list[str], mix: str, key: str) -> tuple[list[str], list[str]
         else:
             group = [head]
         if tokens[:1] == ["*"]:
-            if len(tokens) < 2 or not tokens[1].isdigit():
+            if len(tokens) < 2 or not _is_whole(tokens[1]):
                 refuse(key, mix, "* needs a whole number after it", "write e.g. swa*2")
             group, tokens = group * int(tokens[1]), tokens[2:]
         kinds += group
@@ -64,7 +66,14 @@ def parse_layer(word: str, key: str = "attention_mix") -> tuple[str, dict[str, i
     kind, *settings = word.split(":")
     if kind not in ATTENTION_KINDS:
         refuse(key, kind, "unknown attention kind", f"use one of {', '.join(ATTENTION_KINDS)}")
-    return kind, dict(_option(setting, kind, word, key) for setting in settings)
+    options = [_option(setting, kind, word, key) for setting in settings]
+    if len(dict(options)) < len(options):
+        refuse(key, word, "an option is given twice", "give it once")
+    return kind, dict(options)
+
+
+def _is_whole(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def _option(setting: str, kind: str, word: str, key: str) -> tuple[str, int | bool | None]:
@@ -76,7 +85,8 @@ def _option(setting: str, kind: str, word: str, key: str) -> tuple[str, int | bo
     words = {"sink": {"true": True, "false": False}, "window": {"null": None} if allowed == LOCAL_OPTIONS else {}}
     if text in words.get(name, {}):
         return name, words[name][text]
-    if name == "sink" or not text.isdigit():
-        expected = "true or false" if name == "sink" else "a whole number"
-        refuse(key, word, f"{name} must be {expected}", f"write e.g. {kind}:window=128")
+    if name == "sink":
+        refuse(key, word, "sink must be true or false", f"write e.g. {kind}:sink=true")
+    if not _is_whole(text) or int(text) > LARGEST:
+        refuse(key, word, f"{name} must be a whole number", f"write e.g. {kind}:{name}=128")
     return name, int(text)

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, C streams, M hidden.
 import torch
 from torch import Tensor, nn
 
+from v4train.model.attention import INDEXED
 from v4train.model.block import Block
 from v4train.model.config import ModelConfig
 from v4train.model.embedding import Embedding
@@ -43,6 +44,8 @@ class MTP(nn.Module):
         self.token_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.hidden_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.block = Block(config, losses, config.mtp_layer, config.mtp_ffn, hashed=False)
+        if isinstance(self.block.attention, INDEXED):
+            self.block.attention.loss_count = "indexer_kl_mtp"  # it sees other tokens than the main model's layers
         self.output_norm = OutputNorm(config)
 
     def forward(

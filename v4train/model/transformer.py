@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from v4train.errors import ConfigError
-from v4train.model.attention import INDEXED
+from v4train.model.attention import INDEXED, INDEXED_KINDS
 from v4train.model.attention.cache import Cache
 from v4train.model.block import Block
 from v4train.model.config import ModelConfig, model_config
@@ -71,16 +71,18 @@ class Transformer(nn.Module):
                 one document a row.
             targets: [B, S] int64, already shifted, -100 where ignored. With targets no [B, S, V] tensor is kept.
             cache: from `new_cache`: the tokens follow those it has seen, one document a row, and join it. Logits only,
-                without gradients; call `eval()` first.
+                without gradients; nothing is recorded or counted.
 
         Returns:
             `loss` = lm_loss + weight * mtp_loss; its backward trains everything, the attached balance and indexer
             losses included (in training mode). `losses` are unweighted values for the log.
 
         Raises:
-            ConfigError: tokens that don't fit the cache.
+            ConfigError: tokens that don't fit the cache. ValueError: targets and a cache.
         """
         if cache is not None:
+            if targets is not None:
+                raise ValueError("targets and a cache: a cache is for generation, it gives logits only")
             return self._continue(input_ids, document_ids, cache)
         if document_ids is None:
             document_ids = torch.zeros_like(input_ids)
@@ -101,12 +103,13 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def _continue(self, input_ids: Tensor, document_ids: Tensor | None, cache: Cache) -> ModelOutput:
         cache.check(input_ids, document_ids)
-        state = self.embedding(None, input_ids, torch.zeros_like(input_ids), None)
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            state = block(*state, cache=layer)
+        with self.losses.silent():
+            state = self.embedding(None, input_ids, torch.zeros_like(input_ids), None)
+            for block, layer in zip(self.blocks, cache.layers, strict=True):
+                state = block(*state, cache=layer)
+            logits = self.head.lm_head(self.head.output_norm(state[0]), None)
         cache.length += input_ids.shape[1]
-        self.losses.collect()
-        return ModelOutput(self.head.lm_head(self.head.output_norm(state[0]), None), None, {})
+        return ModelOutput(logits, None, {})
 
     def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> Cache:
         """Empty cache for `batch` rows of at most `max_length` tokens, allocated at once on the model's device.
@@ -114,22 +117,30 @@ class Transformer(nn.Module):
         dtype: of everything stored; None is the parameters'.
         """
         weight = self.embedding.lookup.weight
-        with torch.device(weight.device):
+        with torch.device("meta"):
             layers = [block.attention.new_cache(batch, max_length) for block in self.blocks]
-        return Cache(batch, max_length, layers).to(dtype or weight.dtype)
+        return Cache(batch, max_length, layers).allocate(weight.device, dtype or weight.dtype)
 
     def count(self, input_ids: Tensor, document_ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """What each loss of this batch is a mean over: int64 scalars by loss name, for `losses.denominators`."""
         counts = {"lm_loss": (targets != -100).sum()}
+        for kind in {"csa", "dsa"} & set(
+            self.config.layer_kinds
+        ):  # by kind: from different tokens on they see something
+            counts[f"indexer_kl_{kind}"] = self._indexed_tokens(kind, document_ids)
         if self.mtp is not None:
-            counts["mtp_loss"] = (next_tokens(input_ids, document_ids, targets)[2] != -100).sum()
-        kinds = self.config.indexed_kinds
-        if "csa" in kinds:  # by kind: they see something from different tokens on
-            blocks = compression_blocks(document_ids, self.config.attention.csa_compression)
-            counts["indexer_kl_csa"] = (blocks.end > blocks.first).sum()
-        if "dsa" in kinds:
-            counts["indexer_kl_dsa"] = (document_ids >= 0).sum()
+            _, documents, after = next_tokens(input_ids, document_ids, targets)
+            counts["mtp_loss"] = (after != -100).sum()
+            if (kind := self.config.mtp_layer.kind) in INDEXED_KINDS:
+                counts["indexer_kl_mtp"] = self._indexed_tokens(kind, documents)
         return counts
+
+    def _indexed_tokens(self, kind: str, document_ids: Tensor) -> Tensor:
+        """Tokens for which a layer's indexer has something to score."""
+        if kind == "dsa":
+            return (document_ids >= 0).sum()
+        blocks = compression_blocks(document_ids, self.config.attention.csa_compression)
+        return (blocks.end > blocks.first).sum()
 
     @property
     def attention_mode(self) -> str:

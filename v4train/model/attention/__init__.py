@@ -6,6 +6,7 @@ from v4train.model.attention.gqa import GroupedQueryAttention
 from v4train.model.attention.hca import HeavilyCompressedAttention
 from v4train.model.attention.mla import MultiHeadLatentAttention
 from v4train.model.attention.swa import SlidingWindowAttention
+from v4train.model.mix import INDEXED_KINDS
 
 KINDS = {
     "mha": GroupedQueryAttention,
@@ -17,4 +18,4 @@ KINDS = {
     "csa": CompressedSparseAttention,
     "hca": HeavilyCompressedAttention,
 }
-INDEXED = (CompressedSparseAttention, DeepSeekSparseAttention)  # kinds with a lightning indexer
+INDEXED = tuple(KINDS[kind] for kind in INDEXED_KINDS)

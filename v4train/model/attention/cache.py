@@ -29,8 +29,8 @@ class TokenBuffer:
     def tensors(self) -> list[Tensor]:
         return [self.data]
 
-    def to(self, dtype: torch.dtype) -> None:
-        self.data = self.data.to(dtype)
+    def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.data = torch.zeros_like(self.data, device=device, dtype=dtype)
 
     def extend(self, new: Tensor) -> Tensor:
         """What was stored, followed by `new` [B, G, S, D]; the last tokens of that are stored from now on."""
@@ -66,8 +66,9 @@ class BlockTail:
     def tensors(self) -> list[Tensor]:
         return [self.waiting, self.previous]
 
-    def to(self, dtype: torch.dtype) -> None:
-        self.waiting, self.previous = self.waiting.to(dtype), self.previous.to(dtype)
+    def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.waiting = torch.zeros_like(self.waiting, device=device, dtype=dtype)
+        self.previous = torch.zeros_like(self.previous, device=device, dtype=dtype)
 
 
 @dataclass
@@ -109,10 +110,10 @@ class Cache:
     def buffers(self) -> list[TokenBuffer | BlockTail]:
         return [buffer for layer in self.layers for buffer in layer.buffers.values()]
 
-    def to(self, dtype: torch.dtype) -> "Cache":
-        """Store everything in another type; returns itself."""
+    def allocate(self, device: torch.device, dtype: torch.dtype) -> "Cache":
+        """Give buffers made on the meta device their memory; returns itself."""
         for buffer in self.buffers():
-            buffer.to(dtype)
+            buffer.allocate(device, dtype)
         return self
 
     def nbytes(self) -> int:

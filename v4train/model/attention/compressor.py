@@ -54,11 +54,14 @@ class Compressor(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(ratio, parts * entry_dim))
         self.norm = RMSNorm(entry_dim, eps)
 
-    def forward(self, x: Tensor, blocks: Blocks) -> Tensor:
+    def forward(self, x: Tensor, blocks: Blocks | None = None, tail: BlockTail | None = None) -> Tensor:
+        """Entries of a packed batch laid out by `blocks`; or, with `tail`, those that the next tokens of a document
+        complete, while the rest waits there."""
+        if tail is not None:
+            return self._extend(x, tail)
         return self.norm(compress(self.kv(x), self.gate(x), self.position_bias, blocks, self.overlap))
 
-    def extend(self, x: Tensor, tail: BlockTail) -> Tensor:
-        """Entries that the next tokens [B, S, M] of a document complete, [B, n, c]; the rest waits in `tail`."""
+    def _extend(self, x: Tensor, tail: BlockTail) -> Tensor:
         new = torch.stack([self.kv(x), self.gate(x)])
         tokens = torch.cat([tail.waiting[:, :, : tail.count], new.to(tail.waiting.dtype)], dim=2)
         complete = tokens.shape[2] // self.ratio
@@ -79,5 +82,5 @@ class Compressor(nn.Module):
         return self.norm(entries[:, 1:] if before else entries)
 
     def new_tail(self, batch: int) -> BlockTail:
-        """For `extend`, at a document's start."""
+        """For the start of a document."""
         return BlockTail(batch, self.ratio, 2 if self.overlap else 1, self.entry_dim)

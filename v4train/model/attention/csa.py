@@ -26,6 +26,7 @@ class CompressedSparseAttention(SharedKVAttention):
         super().__init__(config, layer, layer.options.compressed_rope)
         options = layer.options
         self.losses, self.mode = losses, "sparse"
+        self.loss_count = "indexer_kl_csa"  # what the loss is a mean over, among `losses.denominators`
         ratio = options.csa_compression
         self.loss_share = 1 / len(config.indexed_kinds)  # the loss is the mean over the layers that have it
         self.compressor = Compressor(config.hidden_size, options.head_dim, ratio, True, config.norm_eps)
@@ -47,7 +48,7 @@ class CompressedSparseAttention(SharedKVAttention):
             query, local=local, entries=entries, sink=self.sink, scored=scored, index=index, chunk=options.query_chunk
         )
         if learning:
-            kl = self.losses.mean("indexer_kl_csa", kl, (seen.end > seen.first).sum())
+            kl = self.losses.mean(self.loss_count, kl, (seen.end > seen.first).sum())
             output = self.losses.attach(output, "indexer_kl", kl, options.indexer.loss_weight * self.loss_share)
         return output
 

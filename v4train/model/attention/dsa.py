@@ -15,7 +15,7 @@ from v4train.model.attention.mla import MultiHeadLatentAttention
 from v4train.model.config import LayerAttention, ModelConfig
 from v4train.model.documents import EntryRange, Place
 from v4train.model.losses import Losses
-from v4train.model.precision import full, full_precision
+from v4train.model.norm import LayerNorm
 from v4train.model.rope import rotate
 
 KEY_NORM_EPS = 1e-6  # of the LayerNorm, as released
@@ -35,16 +35,13 @@ class TokenIndexer(nn.Module):
         self.scale = options.num_heads**-0.5 * options.head_dim**-0.5
         self.query = nn.Linear(config.attention.mla.q_lora_rank, options.num_heads * options.head_dim, bias=False)
         self.key = nn.Linear(config.hidden_size, options.head_dim, bias=False)
-        self.key_norm = nn.LayerNorm(options.head_dim, eps=KEY_NORM_EPS)
+        self.key_norm = LayerNorm(options.head_dim, KEY_NORM_EPS)
         self.head_weight = nn.Linear(config.hidden_size, options.num_heads, bias=False)
 
     def forward(self, x: Tensor, latent: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs of `index_scores` from x [B, S, M] and the query latent [B, S, q_lora_rank], both detached."""
         query = rotate(self.query(latent).unflatten(-1, (self.num_heads, -1)), rotation)
-        key = self.key(x)
-        with full_precision(x.device.type):
-            key = self.key_norm(full(key)).to(key.dtype)
-        return query, rotate(key, rotation), self.head_weight(x) * self.scale
+        return query, rotate(self.key_norm(self.key(x)), rotation), self.head_weight(x) * self.scale
 
 
 class DeepSeekSparseAttention(MultiHeadLatentAttention):
@@ -55,6 +52,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         self.options = replace(self.options, window=None, dilation=1, global_tokens=0)
         self.index_options = config.attention.dsa
         self.losses, self.mode = losses, "sparse"
+        self.loss_count = "indexer_kl_dsa"  # what the loss is a mean over, among `losses.denominators`
         self.loss_share = 1 / len(config.indexed_kinds)  # the loss is the mean over the layers that have it
         self.indexer = TokenIndexer(config)
 
@@ -92,7 +90,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
             query, entries=entries, sink=self.sink, scored=scored, index=index, scale=self.scale, chunk=self.chunk
         )
         if learning:
-            kl = self.losses.mean("indexer_kl_dsa", kl, (document_ids >= 0).sum())
+            kl = self.losses.mean(self.loss_count, kl, (document_ids >= 0).sum())
             output = self.losses.attach(output, "indexer_kl", kl, options.loss_weight * self.loss_share)
         return output
 

@@ -26,7 +26,7 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         options = layer.options
         self.options, self.chunk = options, config.attention.query_chunk
-        self.num_kv_heads = {"mha": options.num_heads, "mqa": 1, "gqa": options.num_kv_heads}[layer.kind]
+        self.num_kv_heads = layer.num_kv_heads
         width, kv_width = options.num_heads * options.head_dim, self.num_kv_heads * options.head_dim
         self.query = nn.Linear(config.hidden_size, width, bias=options.bias)
         self.key = nn.Linear(config.hidden_size, kv_width, bias=options.bias)

@@ -96,7 +96,7 @@ def compressed(
         return rotate(compressor(tokens.x, blocks), rotations(blocks.positions, rope_dim, rope)), blocks
     tail, positions = cache[f"{name}_tail"], tokens.place.positions
     first = tail.blocks
-    new = compressor.extend(tokens.x, tail)
+    new = compressor(tokens.x, tail=tail)
     starts = torch.arange(first, tail.blocks, device=new.device).expand(new.shape[:2]) * compressor.ratio
     entries = cache[name].extend(rotate(new, rotations(starts, rope_dim, rope))[:, None])[:, 0]
     end = (positions + 1) // compressor.ratio
