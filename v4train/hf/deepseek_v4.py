@@ -5,6 +5,7 @@ Both sides keep the same numbers; shapes differ only in how stacks of matrices a
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def settings(config: ModelConfig) -> dict[str, Any]:
     hold(config, NAME, **{f"moe__{key}": value for key, value in ROUTER_AND_EXPERTS.items()}, residual__kind="mhc")
     if moe.swiglu_limit is None:
         refuse("moe.swiglu_limit", None, f"transformers' {NAME} clamps always", "set it to 10 as released")
-    partial = {"partial_rotary_factor": attention.rope_dim / attention.head_dim}
+    partial = {"partial_rotary_factor": _share(attention.rope_dim, attention.head_dim)}
     return common_settings(config, attention.compressed_rope) | dict(
         layer_types=[LAYER_TYPES[kind] for kind in config.layer_kinds],
         compress_rates={LAYER_TYPES["csa"]: attention.csa_compression, LAYER_TYPES["hca"]: attention.hca_compression},
@@ -87,6 +88,12 @@ def settings(config: ModelConfig) -> dict[str, Any]:
         num_nextn_predict_layers=0,
         **partial,
     )
+
+
+def _share(rope_dim: int, head_dim: int) -> float:
+    """Share of a head that is rotated. transformers cuts the product off: 44 * (30 / 44) would be 29 channels."""
+    share = rope_dim / head_dim
+    return share if int(head_dim * share) == rope_dim else math.nextafter(share, 1)
 
 
 def describe(config: PreTrainedConfig, preset: ModelConfig) -> ModelConfig:
@@ -136,7 +143,7 @@ def _describe_attention(config: PreTrainedConfig, preset: AttentionConfig) -> At
         preset,
         num_heads=config.num_attention_heads,
         head_dim=config.head_dim,
-        rope_dim=round(config.head_dim * config.partial_rotary_factor),
+        rope_dim=int(config.head_dim * config.partial_rotary_factor),
         q_lora_rank=config.q_lora_rank,
         o_groups=config.o_groups,
         o_lora_rank=config.o_lora_rank,
