@@ -54,6 +54,12 @@ class TestDeepseekV4(Parity):
         "two streams": ("csa hca", 2, 41, {"residual__num_streams": 2}),
         "odd expert width": ("csa", 2, 33, {"moe__intermediate_size": 15, "hidden_size": 30}),
         "whole head rotated": ("csa hca", 2, 40, {"attention__rope_dim": 16, "attention__indexer__head_dim": 16}),
+        "44 * (30 / 44) < 30": (
+            "csa hca",
+            2,
+            40,
+            {"attention__head_dim": 44, "attention__rope_dim": 30, "attention__indexer__head_dim": 32},
+        ),
     }
     own = {
         "plain RoPE": SMALL | dict(rope_parameters=dict(rope_type="default")),

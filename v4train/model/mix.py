@@ -12,7 +12,7 @@ ATTENTION_KINDS = {
     "mqa": LOCAL_OPTIONS,
     "gqa": LOCAL_OPTIONS,
     "mla": LOCAL_OPTIONS,
-    "dsa": (),
+    "dsa": ("sink",),
     "swa": ("window",),
     "csa": ("window",),
     "hca": ("window",),

@@ -9,7 +9,8 @@ from v4train.model.attention.cache import LayerCache
 from v4train.model.attention.compressor import Compressor
 from v4train.model.attention.core import Entries, IndexUse, Local, attend
 from v4train.model.attention.indexer import Indexer
-from v4train.model.attention.shared_kv import SharedKVAttention, Tokens, compressed, new_entry_buffers
+from v4train.model.attention.shared_kv import SharedKVAttention, compressed, new_entry_buffers
+from v4train.model.attention.tokens import Tokens
 from v4train.model.config import LayerAttention, ModelConfig
 from v4train.model.documents import Blocks
 from v4train.model.losses import Losses

@@ -12,8 +12,9 @@ from v4train.model.attention.cache import LayerCache, TokenBuffer
 from v4train.model.attention.core import Entries, IndexUse, attend
 from v4train.model.attention.local import extend
 from v4train.model.attention.mla import MultiHeadLatentAttention
+from v4train.model.attention.tokens import Tokens
 from v4train.model.config import LayerAttention, ModelConfig
-from v4train.model.documents import EntryRange, Place
+from v4train.model.documents import EntryRange
 from v4train.model.losses import Losses
 from v4train.model.norm import LayerNorm
 from v4train.model.rope import rotate
@@ -56,25 +57,14 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         self.loss_share = 1 / len(config.indexed_kinds)  # the loss is the mean over the layers that have it
         self.indexer = TokenIndexer(config)
 
-    def mix(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        x: Tensor,
-        query_latent: Tensor,
-        rotation: Tensor,
-        document_ids: Tensor,
-        where: Place,
-        cache: LayerCache | None,
-    ) -> Tensor:
+    def mix(self, query: Tensor, keys: Tensor, values: Tensor, tokens: Tokens, cache: LayerCache | None) -> Tensor:
         options = self.index_options
         learning = self.training and self.mode != "dense" and cache is None
         scored = index = None
         if learning or self.mode == "sparse" or cache is not None:
             # The indexer learns by its own loss alone, so nothing flows back from it (V4.md 2.3).
             with torch.set_grad_enabled(learning and torch.is_grad_enabled()):
-                scored = self.indexer(x.detach(), query_latent.detach(), rotation)
+                scored = self.indexer(tokens.x.detach(), tokens.latent.detach(), tokens.rotation)
         if learning or self.mode == "sparse":
             index = IndexUse(options.top_k, select=self.mode == "sparse", with_loss=learning)
         if cache is not None:
@@ -83,14 +73,15 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         else:
             keys, values = keys.contiguous(), values.contiguous()
         # Every token is an entry: visible from itself on.
-        end = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) + where.previous + 1
+        where = tokens.place
+        end = torch.arange(1, query.shape[1] + 1, device=query.device).expand(query.shape[:2]) + where.previous
         seen = EntryRange(first=where.starts, end=end, ratio=1, offset=where.previous)
         entries = Entries(keys, values, seen)
         output, kl = attend(
             query, entries=entries, sink=self.sink, scored=scored, index=index, scale=self.scale, chunk=self.chunk
         )
         if learning:
-            kl = self.losses.mean(self.loss_count, kl, (document_ids >= 0).sum())
+            kl = self.losses.mean(self.loss_count, kl, (tokens.document_ids >= 0).sum())
             output = self.losses.attach(output, "indexer_kl", kl, options.loss_weight * self.loss_share)
         return output
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from v4train.model.attention.cache import LayerCache
 from v4train.model.attention.local import attend_locally, local_buffers
+from v4train.model.attention.tokens import Tokens
 from v4train.model.config import LayerAttention, ModelConfig
-from v4train.model.documents import Place, place
+from v4train.model.documents import place
 from v4train.model.losses import Losses
 from v4train.model.norm import RMSNorm
 from v4train.model.rope import rotate, rotations
@@ -73,26 +74,16 @@ class MultiHeadLatentAttention(nn.Module):
             plain, rotated = query.split([options.nope_dim, options.rope_dim], dim=-1)
             query = torch.cat([self.key_up(plain, transposed=True), rotated], dim=-1)
             keys, values = torch.cat([latent, rope_key], dim=-1)[:, None], latent[:, None]
-        output = self.mix(query, keys, values, x, query_latent, rotation, document_ids, where, cache)
+        tokens = Tokens(x, query_latent, document_ids, where, rotation)
+        output = self.mix(query, keys, values, tokens, cache)
         if cache is not None:
             output = self.value_up(output)
             cache.length += x.shape[1]
         return self.output(output.flatten(-2))
 
-    def mix(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        x: Tensor,
-        query_latent: Tensor,
-        rotation: Tensor,
-        document_ids: Tensor,
-        where: Place,
-        cache: LayerCache | None,
-    ) -> Tensor:
+    def mix(self, query: Tensor, keys: Tensor, values: Tensor, tokens: Tokens, cache: LayerCache | None) -> Tensor:
         """The softmax, [B, S, H, E]; with a cache one KV head, [B, 1, S, L + R] and [B, 1, S, L], to [B, S, H, L]."""
-        inputs = (query, keys, values, document_ids, where, cache)
+        inputs = (query, keys, values, tokens.document_ids, tokens.place, cache)
         return attend_locally(self.options, *inputs, sink=self.sink, scale=self.scale, chunk=self.chunk)
 
     def new_cache(self, batch: int, max_length: int) -> LayerCache:

@@ -6,30 +6,18 @@ which the lightning indexer selects the top-k; `hca` adds all entries compressed
 Shapes: B batch, S sequence, M hidden, H heads, D head width, N entries.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from v4train.model.attention.cache import LayerCache, TokenBuffer, window_capacity
 from v4train.model.attention.compressor import Compressor
 from v4train.model.attention.core import Local, attend
+from v4train.model.attention.tokens import Tokens
 from v4train.model.config import LayerAttention, ModelConfig, RopeConfig
-from v4train.model.documents import Blocks, EntryRange, Place, compression_blocks, place
+from v4train.model.documents import Blocks, EntryRange, compression_blocks, place
 from v4train.model.linear import GroupedLinear
 from v4train.model.norm import RMSNorm, rms_norm
 from v4train.model.rope import rotate, rotations
-
-
-@dataclass
-class Tokens:
-    """What a kind may need of the tokens of one forward pass beside the shared KV head."""
-
-    x: Tensor  # [B, S, M]
-    latent: Tensor  # [B, S, q_lora_rank]
-    document_ids: Tensor  # [B, S]
-    place: Place
-    rotation: Tensor  # complex64 [B, S, R/2]
 
 
 class SharedKVAttention(nn.Module):
