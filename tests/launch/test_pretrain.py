@@ -63,7 +63,8 @@ def test_every_line_of_the_metrics_has_the_promised_keys(finished):
     records = read_metrics(finished[0] / "metrics.jsonl")
     keys = (
         "step tokens loss lm_loss mtp_loss balance_loss indexer_kl lr grad_norm tokens_per_second mfu memory_gib "
-        "max_violation phase attention_mode sequence_length global_batch_size data_tokens"
+        "indexer_captured indexer_recall max_violation phase attention_mode sequence_length global_batch_size "
+        "data_tokens"
     ).split()
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.model.memory import LargestTensor
 from tests.model.packings import ids_of, layouts, same_document, visible_entries
-from v4train.model.attention.core import Entries, IndexUse, Local, attend, index_scores, indexer_kl, select_top_k
+from v4train.model.attention.core import Entries, IndexUse, Local, attend
+from v4train.model.attention.selection import index_scores, indexer_kl, select_top_k, selection_mask
 from v4train.model.documents import compression_blocks, document_starts
 
 WINDOW, RATIO, TOP_K = 6, 4, 2
@@ -87,7 +88,8 @@ class Case:
         scored, index = (self.index, IndexUse(TOP_K, select, with_loss)) if indexed else (None, None)
         entries = None if self.entries is None else Entries(self.entries[:, None], None, self.blocks)
         local = Local(self.kv[:, None], None, self.starts, WINDOW)
-        return attend(self.query, local=local, entries=entries, sink=self.sink, scored=scored, index=index, chunk=chunk)
+        options = {"local": local, "entries": entries, "sink": self.sink, "scored": scored, "index": index}
+        return attend(self.query, **options, chunk=chunk)[:2]
 
     def naive(self, select=False, with_loss=False):
         attended = self.visible
@@ -194,7 +196,8 @@ def test_recomputation_frees_what_attention_was_given():
         alive[:] = [weakref.ref(x) for x in made]
         local = Local(made[1][:, None], None, case.starts, WINDOW)
         entries, index = Entries(made[2][:, None], None, case.blocks), IndexUse(TOP_K, True, True)
-        return attend(made[0], local=local, entries=entries, sink=case.sink, scored=made[3:], index=index, chunk=16)
+        options = {"local": local, "entries": entries, "sink": case.sink, "scored": made[3:], "index": index}
+        return attend(made[0], **options, chunk=16)[:2]
 
     output, kl = checkpoint(attention, case.query, case.kv, case.entries, *case.index, use_reentrant=False)
     gc.collect()
@@ -212,14 +215,15 @@ def test_ties_go_to_the_lower_index(data):
     scores = torch.tensor([data.draw(st.lists(row, min_size=3, max_size=3))]).float()
     shown = st.lists(st.booleans(), min_size=entries, max_size=entries)
     visible = torch.tensor([data.draw(st.lists(shown, min_size=3, max_size=3))])
-    assert torch.equal(select_top_k(scores, visible, top_k), naive_selection(scores, visible, top_k))
+    mask = selection_mask(select_top_k(scores, visible, top_k), entries)
+    assert torch.equal(mask, naive_selection(scores, visible, top_k))
 
 
 def test_a_named_tie():
     """Of four equal scores two are wanted: the first two visible ones."""
     scores = torch.tensor([[[0.0, 3.0, 0.0, 0.0, 0.0]]])
     visible = torch.tensor([[[False, True, True, True, True]]])
-    assert select_top_k(scores, visible, 3).tolist() == [[[False, True, True, True, False]]]
+    assert sorted(select_top_k(scores, visible, 3)[0, 0].tolist()) == [1, 2, 3]
 
 
 def test_index_scores():

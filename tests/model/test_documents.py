@@ -58,10 +58,12 @@ def test_every_field_of_blocks(ratio, rows):
         assert torch.equal(getattr(blocks, name), expected), name
     visible = visible_entries(ids, ratio)
     length = ids.shape[1]
-    assert torch.equal(blocks.visible(0, length), visible)
-    begin, stop = length // 3, length // 2
-    assert torch.equal(blocks.visible(begin, stop), visible[:, begin:stop, : stop // ratio])
-    assert not visible[:, begin:stop, stop // ratio :].any()
+    assert torch.equal(blocks.visible(0, length, slice(0, length // ratio)), visible)
+    begin, stop = length // 3, length // 2 + 1
+    reach = blocks.reach(begin, stop)
+    assert torch.equal(blocks.visible(begin, stop, reach), visible[:, begin:stop, reach])
+    assert not visible[:, begin:stop, reach.stop :].any() and not visible[:, begin:stop, : reach.start].any()
+    assert reach.stop == stop // ratio
     assert torch.equal(blocks.end - blocks.first, visible.sum(-1))
 
 
@@ -95,5 +97,5 @@ def test_gradcheck_of_gather():
 def test_a_row_without_documents_and_a_row_shorter_than_a_block():
     blocks = compression_blocks(ids_of([-8], [3]), 4)
     assert blocks.valid.tolist() == [[False, False]] * 2
-    assert not blocks.visible(0, 8).any()
+    assert not blocks.visible(0, 8, slice(0, 2)).any()
     assert blocks.slot.unique().tolist() == [8]

@@ -50,13 +50,16 @@ class EntryRange:
     ratio: int
     offset: int = 0
 
-    def count(self, stop: int) -> int:
-        """No query before `stop` sees an entry from this one on."""
-        return (self.offset + stop) // self.ratio
+    def reach(self, begin: int, stop: int) -> slice:
+        """Entries that some query of begin..stop-1 may see: no other one does."""
+        count = (self.offset + stop) // self.ratio
+        # Reading a number back from a GPU would hold up its queue: there the masks alone say where documents begin.
+        first = int(self.first[:, begin:stop].min()) if self.first.device.type == "cpu" else 0
+        return slice(min(first, count), count)
 
-    def visible(self, begin: int, stop: int) -> Tensor:
-        """Which entries queries begin..stop-1 may see: [B, stop - begin, count(stop)] bool."""
-        entry = torch.arange(self.count(stop), device=self.first.device)
+    def visible(self, begin: int, stop: int, entries: slice) -> Tensor:
+        """Which of these entries queries begin..stop-1 see: [B, stop - begin, n] bool."""
+        entry = torch.arange(entries.start, entries.stop, device=self.first.device)
         return (entry >= self.first[:, begin:stop, None]) & (entry < self.end[:, begin:stop, None])
 
 
@@ -125,14 +128,14 @@ class GlobalTokens:
     window: int
     dilation: int
 
-    def count(self, stop: int) -> int:
-        """Entries that queries before `stop` may see, at most."""
-        return self.tokens.shape[1]
+    def reach(self, begin: int, stop: int) -> slice:
+        """Entries that queries begin..stop-1 may see, at most."""
+        return slice(0, self.tokens.shape[1])
 
-    def visible(self, begin: int, stop: int) -> Tensor:
-        """Which entries queries begin..stop-1 see beside their window: [B, stop - begin, N] bool."""
-        same = self.query_starts[:, begin:stop, None] == self.starts[:, None]
-        distance = self.queries[:, begin:stop, None] - self.tokens[:, None]
+    def visible(self, begin: int, stop: int, entries: slice) -> Tensor:
+        """Which of these entries queries begin..stop-1 see beside their window: [B, stop - begin, n] bool."""
+        same = self.query_starts[:, begin:stop, None] == self.starts[:, None, entries]
+        distance = self.queries[:, begin:stop, None] - self.tokens[:, None, entries]
         return same & (distance >= 0) & ~in_window(distance, self.window, self.dilation)
 
 

@@ -35,12 +35,15 @@ class Losses:
         denominators: count that a loss named so is divided by (see `Transformer.count`). A name that is absent is
             divided by the micro-batch's own count. With D data ranks and A accumulation steps whose gradients are
             averaged, global count / (D * A) makes the average the mean over the global batch.
+        shares: (part, whole) of each recorded share as last collected, for sums over ranks and micro-batches.
     """
 
     def __init__(self) -> None:
         self.scale: float = 1.0
         self.denominators: dict[str, Tensor | float] = {}
+        self.shares: dict[str, tuple[Tensor, Tensor]] = {}
         self._values: dict[str, list[Tensor]] = defaultdict(list)
+        self._shares: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._silent = False
 
     @contextmanager
@@ -66,13 +69,26 @@ class Losses:
         if self.recording:
             self._values[name].append(value)
 
+    def record_share(self, name: str, part: Tensor, whole: Tensor) -> None:
+        """Keep part / whole for the log. Recorded several times it is the ratio of the sums."""
+        if self.recording:
+            self._shares[name].append((part.detach(), whole.detach()))
+
     def attach(self, activation: Tensor, name: str, value: Tensor, weight: float) -> Tensor:
         """`activation`, whose backward also trains `weight * value`; the unweighted value is recorded."""
         self.record(name, value.detach())
         return _Attach.apply(activation, weight * value, self.scale)
 
     def collect(self) -> dict[str, Tensor]:
-        """Recorded values, each averaged over its layers; forgets them."""
+        """Recorded values, each averaged over its layers, and shares; forgets them but for `shares`."""
         values = {name: torch.stack(values).mean() for name, values in self._values.items()}
+        self.shares = {name: tuple(map(sum, zip(*pairs, strict=True))) for name, pairs in self._shares.items()}
         self._values.clear()
-        return values
+        self._shares.clear()
+        return values | {name: share(*pair) for name, pair in self.shares.items()}
+
+
+def share(part: Tensor | float, whole: Tensor | float) -> Tensor:
+    """part / whole; 1 where there is nothing to have a part of."""
+    part, whole = torch.as_tensor(part), torch.as_tensor(whole)
+    return torch.where(whole > 0, part / whole, 1.0)

@@ -23,6 +23,7 @@ from v4train.data import (
     validation_batches,
 )
 from v4train.model import Transformer
+from v4train.model.losses import share
 from v4train.model.moe.balance import max_violation
 from v4train.optim.schedules import learning_rate
 from v4train.parallel.engine import Engine
@@ -116,17 +117,22 @@ class Trainer:
         batches = [self._to_device(batch) for batch in self.loader.next_step()]
         self._set_normalisation(batches)
         losses: dict[str, torch.Tensor] = {}
+        shares: dict[tuple[str, int], torch.Tensor] = {}  # part (0) and whole (1) of each
         for batch in batches:
             output = self.engine.forward_backward(batch.input_ids, batch.document_ids, batch.targets)
+            for name, pair in self.model.losses.shares.items():
+                shares |= {(name, i): shares.get((name, i), 0) + value for i, value in enumerate(pair)}
             for name, value in {"loss": output.loss, **output.losses}.items():
-                losses[name] = losses.get(name, 0) + value.detach()
+                if name not in self.model.losses.shares:
+                    losses[name] = losses.get(name, 0) + value.detach()
         rate = learning_rate(self.step, self.train.total_steps, self.settings.schedule)
         result = self.engine.step(rate)
         if not result.finite:
             logger.warning("step %d: the gradient is not finite; the update is skipped", self.step + 1)
         violation = self._balance_routers(result.finite)
         self.step += 1
-        sums = all_sum({**losses, "stop": float(stop.requested)}, self.topology.device)
+        sums = all_sum({**losses, **shares, "stop": float(stop.requested)}, self.topology.device)
+        shares = {key: sums.pop(key) for key in shares}
         self.interrupted = sums.pop("stop") > 0 and self.step < self.last_step
         seconds = time.perf_counter() - started
         parts = self.accumulation * self.topology.data_size
@@ -134,6 +140,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             **{name: value / parts for name, value in sums.items()},
+            **{name: share(part, shares[name, 1]).item() for (name, i), part in shares.items() if i == 0},
             "lr": rate,
             "grad_norm": result.grad_norm,
             "skipped": not result.finite,

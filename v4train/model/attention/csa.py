@@ -8,7 +8,7 @@ from torch import Tensor
 from v4train.model.attention.cache import LayerCache
 from v4train.model.attention.compressor import Compressor
 from v4train.model.attention.core import Entries, IndexUse, Local, attend
-from v4train.model.attention.indexer import Indexer
+from v4train.model.attention.indexer import Indexer, attach_indexer_loss
 from v4train.model.attention.shared_kv import SharedKVAttention, compressed, new_entry_buffers
 from v4train.model.attention.tokens import Tokens
 from v4train.model.config import LayerAttention, ModelConfig
@@ -45,13 +45,13 @@ class CompressedSparseAttention(SharedKVAttention):
         if learning or self.mode == "sparse":
             index = IndexUse(options.indexer.top_k, select=self.mode == "sparse", with_loss=learning)
         entries = Entries(keys[:, None], None, seen)
-        output, kl = attend(
+        attended = attend(
             query, local=local, entries=entries, sink=self.sink, scored=scored, index=index, chunk=options.query_chunk
         )
-        if learning:
-            kl = self.losses.mean(self.loss_count, kl, (seen.end > seen.first).sum())
-            output = self.losses.attach(output, "indexer_kl", kl, options.indexer.loss_weight * self.loss_share)
-        return output
+        if not learning:
+            return attended.output
+        weight, count = options.indexer.loss_weight * self.loss_share, (seen.end > seen.first).sum()
+        return attach_indexer_loss(self.losses, attended, self.loss_count, count, weight)
 
     def _index(self, tokens: Tokens, cache: LayerCache | None, blocks: Blocks | None) -> tuple[Tensor, Tensor, Tensor]:
         apart = replace(tokens, x=tokens.x.detach(), latent=tokens.latent.detach())

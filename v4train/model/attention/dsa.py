@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from v4train.model.attention.cache import LayerCache, TokenBuffer
 from v4train.model.attention.core import Entries, IndexUse, attend
+from v4train.model.attention.indexer import attach_indexer_loss
 from v4train.model.attention.local import extend
 from v4train.model.attention.mla import MultiHeadLatentAttention
 from v4train.model.attention.tokens import Tokens
@@ -57,7 +58,13 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         self.loss_share = 1 / len(config.indexed_kinds)  # the loss is the mean over the layers that have it
         self.indexer = TokenIndexer(config)
 
-    def mix(self, query: Tensor, keys: Tensor, values: Tensor, tokens: Tokens, cache: LayerCache | None) -> Tensor:
+    @property
+    def absorbs(self) -> bool:
+        return self.mode == "sparse"
+
+    def mix(
+        self, query: Tensor, keys: Tensor, values: Tensor | None, tokens: Tokens, cache: LayerCache | None
+    ) -> Tensor:
         options = self.index_options
         learning = self.training and self.mode != "dense" and cache is None
         scored = index = None
@@ -70,20 +77,20 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         if cache is not None:
             keys, values = extend(cache, keys, values)
             scored = (scored[0], cache["index"].extend(scored[1][:, None])[:, 0], scored[2])
-        else:
+        elif values is not None:  # or every chunk copies them
             keys, values = keys.contiguous(), values.contiguous()
         # Every token is an entry: visible from itself on.
         where = tokens.place
         end = torch.arange(1, query.shape[1] + 1, device=query.device).expand(query.shape[:2]) + where.previous
         seen = EntryRange(first=where.starts, end=end, ratio=1, offset=where.previous)
         entries = Entries(keys, values, seen)
-        output, kl = attend(
+        attended = attend(
             query, entries=entries, sink=self.sink, scored=scored, index=index, scale=self.scale, chunk=self.chunk
         )
-        if learning:
-            kl = self.losses.mean(self.loss_count, kl, (tokens.document_ids >= 0).sum())
-            output = self.losses.attach(output, "indexer_kl", kl, options.loss_weight * self.loss_share)
-        return output
+        if not learning:
+            return attended.output
+        weight, count = options.loss_weight * self.loss_share, (tokens.document_ids >= 0).sum()
+        return attach_indexer_loss(self.losses, attended, self.loss_count, count, weight)
 
     def new_cache(self, batch: int, max_length: int) -> LayerCache:
         cache = super().new_cache(batch, max_length)

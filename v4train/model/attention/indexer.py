@@ -1,4 +1,4 @@
-"""Lightning indexer of CSA: scores compressed entries for each query (V4 report eqs. 13-17).
+"""Lightning indexer of CSA: scores compressed entries for each query (V4 report eqs. 13-17). And its loss, DSA's too.
 
 Shapes: B batch, S sequence, M hidden, N entries, I indexer heads, J their width.
 """
@@ -6,7 +6,9 @@ Shapes: B batch, S sequence, M hidden, N entries, I indexer heads, J their width
 from torch import Tensor, nn
 
 from v4train.model.attention.compressor import Compressor
+from v4train.model.attention.core import Attended
 from v4train.model.config import ModelConfig
+from v4train.model.losses import Losses
 from v4train.model.rope import rotate
 
 
@@ -39,3 +41,16 @@ class Indexer(nn.Module):
         """
         query = rotate(self.query(latent).unflatten(-1, (self.num_heads, -1)), rotation)
         return query, keys, self.head_weight(x) * self.scale
+
+
+def attach_indexer_loss(losses: Losses, attended: Attended, name: str, count: Tensor, weight: float) -> Tensor:
+    """The output of attention, whose backward also trains the indexer; its loss and how well it selects are recorded.
+
+    Args:
+        name: among `losses.denominators`, of what the loss is a mean over; `count` is this batch's own.
+        weight: of the loss.
+    """
+    kl = losses.mean(name, attended.kl, count)
+    losses.record_share("indexer_captured", attended.uniform_kl - attended.kl, attended.uniform_kl)
+    losses.record_share("indexer_recall", attended.recalled, attended.recallable)
+    return losses.attach(attended.output, "indexer_kl", kl, weight)

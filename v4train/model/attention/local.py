@@ -17,7 +17,7 @@ def attend_locally(
     options: GQAConfig | MLAConfig,
     query: Tensor,
     keys: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     document_ids: Tensor,
     place: Place,
     cache: LayerCache | None,
@@ -28,7 +28,7 @@ def attend_locally(
 ) -> Tensor:
     """Output [B, S, H, E] of queries [B, S, H, D] over keys [B, G, S, D] and values [B, G, S, E] of the same tokens.
 
-    With a cache that has no buffer for values, they are the first E channels of the keys (absorbed MLA).
+    values None: the keys are values too (absorbed MLA).
     """
     entries = None
     if cache is None:
@@ -45,17 +45,14 @@ def attend_locally(
     return attend(query, local=local, entries=entries, sink=sink, scale=scale, chunk=chunk)[0]
 
 
-def extend(cache: LayerCache, keys: Tensor, values: Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:
+def extend(cache: LayerCache, keys: Tensor, values: Tensor | None, prefix: str = "") -> tuple[Tensor, Tensor | None]:
     """Stored and new keys and values; the first tokens of a document where `prefix` is `first_`."""
 
     def store(name: str, new: Tensor) -> Tensor:
         buffer = cache[prefix + name]
         return buffer.keep_first(new) if prefix else buffer.extend(new)
 
-    keys = store("keys", keys)
-    if f"{prefix}values" in cache.buffers:
-        return keys, store("values", values)
-    return keys, keys[..., : values.shape[-1]]
+    return store("keys", keys), None if values is None else store("values", values)
 
 
 def local_buffers(
@@ -70,7 +67,9 @@ def local_buffers(
     }
 
 
-def _first_tokens(options: GQAConfig | MLAConfig, keys: Tensor, values: Tensor, place: Place, cache: LayerCache):
+def _first_tokens(
+    options: GQAConfig | MLAConfig, keys: Tensor, values: Tensor | None, place: Place, cache: LayerCache
+) -> Entries:
     keys, values = extend(cache, keys, values, "first_")
     tokens = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[0], -1)
     seen = GlobalTokens(

@@ -2,7 +2,8 @@
 
 Queries come from a latent, keys and values from another one that all heads share, and one rotated key a token carries
 the position. Trained in expanded form, each head with keys and values of its own; decoded in absorbed form, where each
-query goes to the latent space and only latent and rotated key are cached.
+query goes to the latent space and only latent and rotated key are cached. `dsa` trains in absorbed form too, so that
+its heads share the tokens that they gather.
 
 Shapes: B batch, S sequence, M hidden, H heads, L latent (kv_lora_rank), P nope_dim, R rope_dim, E value_dim.
 """
@@ -66,23 +67,32 @@ class MultiHeadLatentAttention(nn.Module):
         query = rotate(self.query_up(query_latent).unflatten(-1, (options.num_heads, -1)), rotation)
         latent = self.kv_norm(self.kv_down(x))
         rope_key = rotate(self.rope_key(x), rotation)
-        if cache is None:
+        absorbed = self.absorbs or cache is not None
+        if not absorbed:
             shared = rope_key[:, :, None].expand(-1, -1, options.num_heads, -1)
             keys = torch.cat([self.key_up(latent), shared], dim=-1).transpose(1, 2)
             values = self.value_up(latent).transpose(1, 2)
         else:
             plain, rotated = query.split([options.nope_dim, options.rope_dim], dim=-1)
             query = torch.cat([self.key_up(plain, transposed=True), rotated], dim=-1)
-            keys, values = torch.cat([latent, rope_key], dim=-1)[:, None], latent[:, None]
+            keys, values = torch.cat([latent, rope_key], dim=-1)[:, None], None
         tokens = Tokens(x, query_latent, document_ids, where, rotation)
         output = self.mix(query, keys, values, tokens, cache)
+        if absorbed:
+            output = self.value_up(output[..., : options.kv_lora_rank])
         if cache is not None:
-            output = self.value_up(output)
             cache.length += x.shape[1]
         return self.output(output.flatten(-2))
 
-    def mix(self, query: Tensor, keys: Tensor, values: Tensor, tokens: Tokens, cache: LayerCache | None) -> Tensor:
-        """The softmax, [B, S, H, E]; with a cache one KV head, [B, 1, S, L + R] and [B, 1, S, L], to [B, S, H, L]."""
+    @property
+    def absorbs(self) -> bool:
+        """Whether training goes by the latent too."""
+        return False
+
+    def mix(
+        self, query: Tensor, keys: Tensor, values: Tensor | None, tokens: Tokens, cache: LayerCache | None
+    ) -> Tensor:
+        """The softmax, [B, S, H, E]; in absorbed form over [B, 1, S, L + R], keys and values at once."""
         inputs = (query, keys, values, tokens.document_ids, tokens.place, cache)
         return attend_locally(self.options, *inputs, sink=self.sink, scale=self.scale, chunk=self.chunk)
 
