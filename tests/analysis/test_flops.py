@@ -102,6 +102,7 @@ def pair_flops(config, layer, absorbed):
     attention, options = config.attention, layer.options
     if layer.kind in ("mla", "dsa"):
         latent, rope = options.kv_lora_rank, options.rope_dim
+        absorbed = absorbed or layer.kind == "dsa"
         per_head = latent + rope + latent if absorbed else options.nope_dim + rope + options.value_dim
     else:
         per_head = options.head_dim + options.head_dim
@@ -174,11 +175,10 @@ def unparametrised(config, tokens):
     return 2 * tokens * mixed
 
 
-def head_weighting(config, layers, tokens):
-    """FLOPs of 0-based `tokens` that the formulas leave out: the sum over index heads, a product a head and key."""
-    heads = {"csa": config.attention.indexer.num_heads, "dsa": config.attention.dsa.num_heads}
-    indexed = [layer for layer in layers if layer.kind in heads]
-    return sum(2 * heads[layer.kind] * seen(config, layer, token)[1] for layer in indexed for token in tokens)
+def scoring(config, layers, tokens):
+    """FLOPs of 0-based `tokens` that are saved where there is nothing to select from: the formulas count all scores."""
+    pairs = [(pair_flops(config, layer, False)[1], layer) for layer in layers if layer.kind in ("csa", "dsa")]
+    return sum(2 * per_scored * seen(config, layer, token)[1] for per_scored, layer in pairs for token in tokens)
 
 
 def counted(function):
@@ -199,7 +199,7 @@ def test_matrix_products_that_pytorch_counts(name):
     model, tokens = countable(config), random_tokens(3, 1)
     layers = all_layers(config)
     expected = training_flops_per_token(config, 1) + unparametrised(config, 3)
-    expected += 3 * head_weighting(config, layers, range(1))
+    expected -= 3 * scoring(config, layers, range(1))
     # A global token that lies in the window is computed a second time and masked.
     twice = [layer for layer in layers if layer.kind != "dsa" and getattr(layer.options, "global_tokens", 0)]
     expected += 3 * sum(2 * pair_flops(config, layer, absorbed=False)[0] for layer in twice)
@@ -223,7 +223,7 @@ def test_forward_that_pytorch_counts(mix, length):
     config = model_config(tiny_config(mix, **EXACT))
     model, tokens = countable(config), random_tokens(2, length)
     expected = 2 * length * training_flops_per_token(config, length) / 3 + unparametrised(config, 2 * length)
-    expected += 2 * head_weighting(config, config.layers, range(length))
+    expected -= 2 * scoring(config, config.layers, range(length))
     assert counted(lambda: model(tokens)) == pytest.approx(expected, rel=1e-12)
 
 
@@ -239,7 +239,7 @@ def test_decoding_that_pytorch_counts(mix, context):
     attention = sum(p.numel() for block in model.blocks for p in block.attention.parameters() if p.dim() > 1)
     attention -= sum(p.numel() for n, p in model.named_parameters() if n.endswith("position_bias"))
     expected += 2 * (active_matrix_parameters(config) - attention)  # FFN, residual, head
-    expected = 2 * (expected + head_weighting(config, config.layers, [context - 1])) + unparametrised(config, 2)
+    expected = 2 * expected - 2 * scoring(config, config.layers, [context - 1]) + unparametrised(config, 2)
     assert counted(lambda: model(tokens[:, -1:], cache=cache)) == expected
 
 

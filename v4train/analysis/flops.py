@@ -104,7 +104,7 @@ def _pair_flops(config: ModelConfig, layer: LayerAttention, absorbed: bool = Fal
     options = layer.options
     if layer.kind not in ("mla", "dsa"):
         widths = 2 * options.head_dim
-    elif absorbed:
+    elif absorbed or layer.kind == "dsa":  # which trains so too
         widths = 2 * options.kv_lora_rank + options.rope_dim
     else:
         widths = options.nope_dim + options.rope_dim + options.value_dim

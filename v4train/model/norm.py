@@ -2,14 +2,33 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from v4train.model.precision import full, full_precision
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, no weight; same shape and dtype as `x`."""
-    scale = torch.rsqrt(full(x).square().mean(-1, keepdim=True) + eps)
-    return (x * scale).to(x.dtype)
+    return _Normalise.apply(x, eps)
+
+
+class _Normalise(torch.autograd.Function):
+    """Saves its input and one number a row; four passes in all."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=full(x[:0]).dtype)
+        scale = torch.rsqrt(norm.square_() / x.shape[-1] + eps)
+        ctx.save_for_backward(x, scale)
+        return (x * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        # y = s x, s = (mean(x^2) + eps)^-1/2: dx = s (dy - x s^2 mean(x dy))
+        x, scale = ctx.saved_tensors
+        along = (full(x) * gradient).mean(-1, keepdim=True) * scale.square()
+        return (gradient - x * along).mul_(scale).to(x.dtype), None
 
 
 class LayerNorm(nn.Module):

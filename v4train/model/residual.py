@@ -28,29 +28,51 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
 
 
 class _Normalise(torch.autograd.Function):
-    """The divisions of `sinkhorn`. Only their denominators are saved: backward multiplies its way to each iterate."""
+    """The divisions of `sinkhorn`, on one factor a row and one a column: matrix [i, j] = x[i, j] rows[i] columns[j].
+
+    Dividing by sums changes the factors only, 2 C numbers a token and not C^2. Only the denominators are saved:
+    backward multiplies its way to each iterate.
+    """
 
     @staticmethod
-    def forward(ctx, mixing: Tensor, iterations: int, eps: float) -> Tensor:
-        ctx.dims = [0, *[1, 0] * (iterations - 1)]
-        denominators = []
-        for dim in ctx.dims:
-            denominators.append(mixing.sum(dim, keepdim=True).add_(eps))
-            mixing = mixing / denominators[-1]
-        ctx.save_for_backward(mixing, *denominators)
-        return mixing
+    def forward(ctx, x: Tensor, iterations: int, eps: float) -> Tensor:
+        turns = [1, *[0, 1] * (iterations - 1)]  # which factor changes: 1 the columns' (sums over sources), 0 the rows'
+        factors, denominators = [torch.ones_like(x[:, 0]), torch.ones_like(x[0])], []
+        for turn in turns:
+            denominators.append(_weighted_sums(x, factors[1 - turn], turn).mul_(factors[turn]).add_(eps))
+            factors[turn] = factors[turn] / denominators[-1]
+        ctx.turns, ctx.eps = turns, eps
+        ctx.save_for_backward(x, *factors, *denominators)
+        return x * factors[0][:, None] * factors[1][None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        mixing, *denominators = ctx.saved_tensors
-        mixing, gradient, product = mixing.clone(), gradient.clone(), torch.empty_like(mixing)
-        for dim, denominator in zip(reversed(ctx.dims), reversed(denominators), strict=True):
-            # y = x / (sum x + eps): dx = (dy - sum(dy * y)) / (sum x + eps)
-            torch.mul(gradient, mixing, out=product)
-            gradient.sub_(product.sum(dim, keepdim=True)).div_(denominator)
-            mixing.mul_(denominator)
-        return gradient, None, None
+        x, *factors = ctx.saved_tensors[:3]
+        rows, columns = factors
+        change, weighted = gradient * rows[:, None] * columns[None], gradient * x
+        gradients = [_weighted_sums(weighted, columns, 0), _weighted_sums(weighted, rows, 1)]
+        for turn, denominator in zip(reversed(ctx.turns), reversed(ctx.saved_tensors[3:]), strict=True):
+            # new = own / denominator, denominator = own * sums + eps, sums = x weighted by the other factor
+            other, own_gradient = factors[1 - turn], gradients[turn]
+            sums_gradient = factors[turn].square().mul_(own_gradient).neg_()
+            gradients[turn] = own_gradient / denominator.square() * ctx.eps
+            factors[turn] = factors[turn] * denominator
+            if turn == 0:
+                change.addcmul_(sums_gradient[:, None], other[None])
+            else:
+                change.addcmul_(other[:, None], sums_gradient[None])
+            gradients[1 - turn] = _weighted_sums(x, sums_gradient, 1 - turn).add_(gradients[1 - turn])
+        return change, None, None
+
+
+def _weighted_sums(x: Tensor, weights: Tensor, turn: int) -> Tensor:
+    """For the columns (turn 1) sum_i x[i, j] weights[i], for the rows (0) sum_j x[i, j] weights[j]: [C, ...]."""
+    parts = x.unbind(1 - turn)
+    total = parts[0] * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total.addcmul_(part, weight)
+    return total
 
 
 def stream_projection(streams: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from v4train.model.config import RopeConfig
 from v4train.model.precision import full
@@ -66,9 +67,28 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     Returns:
         Tensor of x's shape and dtype. Source: V4 report section 2.3, partial RoPE on the last 64 dimensions.
     """
-    rope_dim = 2 * rotation.shape[-1]
-    plain, turned = x.split([x.shape[-1] - rope_dim, rope_dim], dim=-1)
     rotation = rotation.reshape(*rotation.shape[:2], *[1] * (x.dim() - 3), rotation.shape[-1])
-    pairs = torch.view_as_complex(full(turned).unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
-    return torch.cat([plain, turned], dim=-1)
+    return _Rotate.apply(x, rotation)
+
+
+class _Rotate(torch.autograd.Function):
+    """One copy and the turned channels in place, both ways; slices and a concatenation would be several copies."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rotation: Tensor) -> Tensor:
+        ctx.save_for_backward(rotation)
+        return _turned(x, rotation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (rotation,) = ctx.saved_tensors
+        return _turned(gradient, rotation.conj()), None
+
+
+def _turned(x: Tensor, rotation: Tensor) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    last = x[..., -2 * rotation.shape[-1] :]
+    pairs = torch.view_as_complex(full(last).unflatten(-1, (-1, 2)).contiguous())
+    last.copy_(torch.view_as_real(pairs * rotation).flatten(-2))
+    return x

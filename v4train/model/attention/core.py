@@ -55,7 +55,8 @@ class IndexUse:
 class Local:
     """Tokens of the sequence that a query sees. Keys [B, G, T, D] and values [B, G, T, E]; the last S are the queries'.
 
-    values None: keys are values too. starts: [B, S] first token of each query's document, as an index into the keys.
+    values None: the first E channels of the keys. starts: [B, S] first token of each query's document, as an index into
+    the keys.
     window: how many tokens a query sees, every `dilation`-th one back from itself; None is the whole document.
     """
 
@@ -76,7 +77,7 @@ class Seen(Protocol):
 
 @dataclass
 class Entries:
-    """Keys [B, G, N, D] and values [B, G, N, E] beside the sequence; values None: keys are values too."""
+    """Keys [B, G, N, D] and values [B, G, N, E] beside the sequence; values None: the first E channels of the keys."""
 
     keys: Tensor
     values: Tensor | None
@@ -102,6 +103,7 @@ def attend(
     scored: tuple[Tensor, Tensor, Tensor] | None = None,
     index: IndexUse | None = None,
     scale: float | None = None,
+    value_width: int | None = None,
     chunk: int,
 ) -> Attended:
     """Joint softmax over local tokens, entries and the sink. One of `local` and `entries` at least.
@@ -113,13 +115,16 @@ def attend(
             [B, N, J], both rotated, and head weights [B, S, I]; with `index`, which says whether the scores restrict
             the entries to the top-k, train the indexer, or both. Selection wants G = 1.
         scale: of the logits; None is 1 / sqrt(D).
+        value_width: E where keys are values; None is D.
         chunk: queries computed at a time; changes memory and speed, not the result.
 
     A query that sees nothing and has no sink is NaN.
     """
     sources = [None if source is None else source.keys for source in (local, entries)]
     sources += [None if source is None else source.values for source in (local, entries)]
-    layout = _Layout(local, None if entries is None else entries.seen, index, chunk, scale or query.shape[-1] ** -0.5)
+    width = next((x.shape[-1] for x in sources[2:] if x is not None), value_width or query.shape[-1])
+    scale = scale or query.shape[-1] ** -0.5
+    layout = _Layout(local, None if entries is None else entries.seen, index, chunk, scale, width)
     with full_precision(query.device.type):
         return Attended(*_Attend.apply(query, *sources, sink, *(scored or (None, None, None)), layout))
 
@@ -127,12 +132,14 @@ def attend(
 class _Layout:
     """What is seen from where: everything about the attention that has no gradient."""
 
-    def __init__(self, local: Local | None, seen: Seen | None, index: IndexUse | None, chunk: int, scale: float):
+    def __init__(
+        self, local: Local | None, seen: Seen | None, index: IndexUse | None, chunk: int, scale: float, width: int
+    ):
         self.has_local = local is not None
         if local is not None:  # not the tensors with gradients, which autograd must be able to free
             self.starts, self.window, self.dilation = local.starts, local.window, local.dilation
             self.before = local.keys.shape[2] - local.starts.shape[1]  # keys older than the first query
-        self.seen, self.index, self.chunk, self.scale = seen, index, chunk, scale
+        self.seen, self.index, self.chunk, self.scale, self.width = seen, index, chunk, scale, width
 
     @property
     def selects(self) -> bool:
@@ -185,10 +192,6 @@ class _Inputs(NamedTuple):
     index_keys: Tensor | None
     head_weight: Tensor | None
 
-    @property
-    def value_width(self) -> int:
-        return next(x for x in (self.values, self.entry_values, self.keys, self.entries) if x is not None).shape[-1]
-
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
     """0 where the mask holds, -inf elsewhere, in the precision of logits."""
@@ -218,7 +221,7 @@ class _Near:
         keys = self._together(inputs.keys, inputs.entries)
         shared = inputs.values is None and inputs.entry_values is None
         values = None if shared else self._together(inputs.values, inputs.entry_values)
-        self.term = Term(query, keys, values, _additive(mask[:, some], query)[:, None], layout.scale)
+        self.term = Term(query, keys, values, layout.width, _additive(mask[:, some], query)[:, None], layout.scale)
         self.num_local = self.local.stop - self.local.start
 
     def arrange(self, x: Tensor) -> Tensor:
@@ -256,7 +259,7 @@ class _Gathered:
         values = None if inputs.entry_values is None else take_rows(inputs.entry_values[:, 0], chosen)[:, None]
         mask = _additive(chosen >= 0, rows)
         query = self.arrange(inputs.query[:, begin:stop])
-        self.term = Term(query, rows[:, None], values, mask.flatten(0, 1)[:, None, None], layout.scale)
+        self.term = Term(query, rows[:, None], values, layout.width, mask.flatten(0, 1)[:, None, None], layout.scale)
 
     def arrange(self, x: Tensor) -> Tensor:
         """[B, Q, H, ...] as the term has it, [B*Q, 1, H, ...]."""
@@ -388,7 +391,7 @@ class _Attend(torch.autograd.Function):
         inputs = _Inputs(*tensors)
         query, sink = inputs.query, inputs.sink
         batch, length, heads, _ = query.shape
-        output = query.new_empty(batch, length, heads, inputs.value_width)
+        output = query.new_empty(batch, length, heads, layout.width)
         normaliser = full(query.new_empty(batch, length, heads))  # log-sum-exp, sink included
         measures = normaliser.new_zeros(4)
         selected = None

@@ -84,9 +84,8 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         end = torch.arange(1, query.shape[1] + 1, device=query.device).expand(query.shape[:2]) + where.previous
         seen = EntryRange(first=where.starts, end=end, ratio=1, offset=where.previous)
         entries = Entries(keys, values, seen)
-        attended = attend(
-            query, entries=entries, sink=self.sink, scored=scored, index=index, scale=self.scale, chunk=self.chunk
-        )
+        numbers = {"scale": self.scale, "value_width": self.options.kv_lora_rank, "chunk": self.chunk}
+        attended = attend(query, entries=entries, sink=self.sink, scored=scored, index=index, **numbers)
         if not learning:
             return attended.output
         weight, count = options.loss_weight * self.loss_share, (tokens.document_ids >= 0).sum()

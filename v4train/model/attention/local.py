@@ -24,11 +24,12 @@ def attend_locally(
     *,
     sink: Tensor | None,
     scale: float | None = None,
+    value_width: int | None = None,
     chunk: int,
 ) -> Tensor:
     """Output [B, S, H, E] of queries [B, S, H, D] over keys [B, G, S, D] and values [B, G, S, E] of the same tokens.
 
-    values None: the keys are values too (absorbed MLA).
+    values None: the first `value_width` channels of the keys (absorbed MLA).
     """
     entries = None
     if cache is None:
@@ -42,7 +43,8 @@ def attend_locally(
             entries = _first_tokens(options, keys, values, place, cache)
         keys, values = extend(cache, keys, values)
     local = Local(keys, values, place.starts, options.window, options.dilation)
-    return attend(query, local=local, entries=entries, sink=sink, scale=scale, chunk=chunk)[0]
+    numbers = {"scale": scale, "value_width": value_width, "chunk": chunk}
+    return attend(query, local=local, entries=entries, sink=sink, **numbers).output
 
 
 def extend(cache: LayerCache, keys: Tensor, values: Tensor | None, prefix: str = "") -> tuple[Tensor, Tensor | None]:

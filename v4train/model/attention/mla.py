@@ -79,7 +79,7 @@ class MultiHeadLatentAttention(nn.Module):
         tokens = Tokens(x, query_latent, document_ids, where, rotation)
         output = self.mix(query, keys, values, tokens, cache)
         if absorbed:
-            output = self.value_up(output[..., : options.kv_lora_rank])
+            output = self.value_up(output)
         if cache is not None:
             cache.length += x.shape[1]
         return self.output(output.flatten(-2))
@@ -92,9 +92,10 @@ class MultiHeadLatentAttention(nn.Module):
     def mix(
         self, query: Tensor, keys: Tensor, values: Tensor | None, tokens: Tokens, cache: LayerCache | None
     ) -> Tensor:
-        """The softmax, [B, S, H, E]; in absorbed form over [B, 1, S, L + R], keys and values at once."""
+        """The softmax, [B, S, H, E]; in absorbed form over [B, 1, S, L + R], whose first L channels are values."""
         inputs = (query, keys, values, tokens.document_ids, tokens.place, cache)
-        return attend_locally(self.options, *inputs, sink=self.sink, scale=self.scale, chunk=self.chunk)
+        numbers = {"scale": self.scale, "value_width": self.options.kv_lora_rank, "chunk": self.chunk}
+        return attend_locally(self.options, *inputs, sink=self.sink, **numbers)
 
     def new_cache(self, batch: int, max_length: int) -> LayerCache:
         """Empty cache of this layer for `batch` rows of at most `max_length` tokens."""

@@ -7,10 +7,12 @@ Shapes: B batch, H heads, G key-value heads (H a multiple; head h reads h // (H 
 E value width. fp32 throughout, fp64 for fp64 inputs.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from v4train.model.precision import full
 
@@ -23,7 +25,8 @@ class Term:
 
     query: Tensor  # [B, H, Q, D]
     keys: Tensor  # [B, G, n, D]
-    values: Tensor | None  # [B, G, n, E]; None: the keys are values too
+    values: Tensor | None  # [B, G, n, E]; None: the first E channels of the keys
+    width: int  # E
     mask: Tensor | None  # [B, 1, Q, n] added to the logits, -inf where unseen
     scale: float  # of the logits
 
@@ -36,14 +39,17 @@ class Term:
         return _fused_softmax(self) if self.fused else plain_softmax(self)
 
     def backward(self, gradient: Tensor, output: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of query [B, H, Q, D], keys [B, G, n, D] and values (None where they are the keys, added there).
+        """Gradients of query [B, H, Q, D], keys [B, G, n, D] and values (None where they are the keys': added there).
 
         Args:
             gradient, output: [B, H, Q, E] of the joint softmax; normaliser: [B, H, Q] its log-sum-exp.
         """
         arguments = (self, gradient, output, normaliser)
         query, keys, values = (_fused_backward if self.fused else plain_backward)(*arguments)
-        return (query, keys + values, None) if self.values is None else (query, keys, values)
+        if self.values is None:
+            keys[..., : self.width] += values
+            values = None
+        return query, keys, values
 
     def logits(self) -> Tensor:
         """[B, H, Q, n] fp32, -inf where unseen."""
@@ -51,8 +57,8 @@ class Term:
         logits = full(products).view(*self.query.shape[:3], -1)
         return logits if self.mask is None else logits + self.mask
 
-    def values_or_keys(self) -> Tensor:
-        return self.keys if self.values is None else self.values
+    def own_values(self) -> Tensor:
+        return self.keys[..., : self.width] if self.values is None else self.values
 
 
 def join(normalisers: list[Tensor], sink: Tensor | None) -> Tensor:
@@ -64,7 +70,7 @@ def join(normalisers: list[Tensor], sink: Tensor | None) -> Tensor:
 
 def plain_softmax(term: Term) -> tuple[Tensor, Tensor]:
     """`Term.softmax` by plain products."""
-    logits, values = term.logits(), term.values_or_keys()
+    logits, values = term.logits(), term.own_values()
     top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     weights = (logits - top).exp_()
     total = weights.sum(-1, keepdim=True)
@@ -74,7 +80,7 @@ def plain_softmax(term: Term) -> tuple[Tensor, Tensor]:
 
 def plain_backward(term: Term, gradient: Tensor, output: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`Term.backward` by plain products; keys and values apart."""
-    keys, values, shape = term.keys, term.values_or_keys(), term.query.shape
+    keys, values, shape = term.keys, term.own_values(), term.query.shape
     weights = (term.logits() - normaliser[..., None]).exp_()
     gradient = full(gradient)
     correction = (gradient * full(output)).sum(-1, keepdim=True)  # sum over keys of weight * its gradient
@@ -88,47 +94,44 @@ def plain_backward(term: Term, gradient: Tensor, output: Tensor, normaliser: Ten
 
 
 def _fused_softmax(term: Term) -> tuple[Tensor, Tensor]:
-    query, keys, values, mask, width = _padded(term)
     output, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, keys, values, attn_mask=mask, scale=term.scale
+        *_kernel_inputs(term), attn_mask=term.mask, scale=term.scale
     )
-    return output[..., :width], normaliser
+    return output[..., : term.width], normaliser
 
 
 def _fused_backward(term: Term, gradient: Tensor, output: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query, keys, values, mask, width = _padded(term)
-    padding = (0, values.shape[-1] - width)
-    gradient, output = (
-        torch.nn.functional.pad(full(x), padding) if padding[1] else full(x) for x in (gradient, output)
+    inputs = _kernel_inputs(term)
+    gradient, output = (_widened(full(x), inputs[0].shape[-1]) for x in (gradient, output))
+    query, *others = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, *inputs, output, normaliser, 0.0, False, attn_mask=term.mask, scale=term.scale
     )
-    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        gradient, query, keys, values, output, normaliser, 0.0, False, attn_mask=mask, scale=term.scale
-    )
-    groups = term.keys.shape[1]
-    key_gradient, value_gradient = (x.unflatten(1, (groups, -1)).sum(2) for x in gradients[1:])
-    return (
-        gradients[0][..., : term.query.shape[-1]],
-        key_gradient[..., : term.keys.shape[-1]],
-        value_gradient[..., :width],
-    )
+    keys, values = (x.unflatten(1, (term.keys.shape[1], -1)).sum(2) for x in others)
+    width = term.query.shape[-1]
+    return query[..., :width], keys[..., :width], values[..., : term.width]
 
 
-def _padded(term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
-    """Inputs as the kernel wants them: a key head for each head, one width for keys and values; and the values' own."""
-    values = term.values_or_keys()
-    inputs, heads, width = (
-        [term.query, term.keys, values],
-        term.query.shape[1],
-        max(term.keys.shape[-1], values.shape[-1]),
-    )
-    for position, x in enumerate(inputs):
-        x = full(x)
-        if x.shape[-1] < width:
-            x = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
-        if x.shape[1] < heads:  # a view where there is one key-value head
-            x = x[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
-        inputs[position] = x
-    return *inputs, term.mask, values.shape[-1]
+def _kernel_inputs(term: Term) -> list[Tensor]:
+    """Query, keys and values as the kernel wants them: a key head for each head, one width for all."""
+    values = term.keys if term.values is None else term.values
+    heads, width = term.query.shape[1], max(term.keys.shape[-1], values.shape[-1])
+    inputs = [_widened(full(x), width) for x in (term.query, term.keys, values)]
+    # A view where there is one key-value head
+    return [x[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2) for x in inputs]
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _fused_flops(query, keys, values, *_, **__) -> int:  # shapes: what torch's FlopCounterMode has no formula for
+    return 2 * math.prod(query[:3]) * keys[2] * (query[3] + values[3])
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _fused_backward_flops(gradient, query, keys, values, *_, **__) -> int:
+    return 2 * math.prod(query[:3]) * keys[2] * (3 * query[3] + 2 * values[3])
 
 
 def _by_group(x: Tensor, keys: Tensor) -> Tensor:
