@@ -134,7 +134,7 @@ def test_hyper_connection_token_by_token():
     module, config = module_of(HyperConnection)
     streams = random(2, 5, STREAMS, HIDDEN, seed=9)
     with torch.no_grad():
-        x, coefficients = module(streams)
+        x, streams, coefficients = module(streams)
         merged = module.merge(streams, x.sin(), coefficients)
         for b in range(2):
             for t in range(5):
@@ -148,7 +148,7 @@ def test_gradient_of_hyper_connection():
     streams = random(1, 2, STREAMS, HIDDEN, seed=9).requires_grad_()
 
     def residual(streams, *_):
-        x, coefficients = module(streams)
+        x, streams, coefficients = module(streams)
         return module.merge(streams, x.sin(), coefficients)
 
     assert torch.autograd.gradcheck(residual, (streams, *module.parameters()))
@@ -174,7 +174,7 @@ def test_initial_coefficients():
     with torch.no_grad():
         module.gates.zero_()
         module.static_bias.zero_()
-        x, coefficients = module(streams)
+        x, streams, coefficients = module(streams)
         merged = module.merge(streams, x, coefficients)
     torch.testing.assert_close(x, streams.sum(2) / 2, atol=1e-5, rtol=0)  # eps = 1e-6 is added to A
     expected = (streams.mean(2) + x)[:, :, None].expand_as(streams)
@@ -184,10 +184,10 @@ def test_initial_coefficients():
 def test_streams_of_bf16_keep_fp32_coefficients():
     module, _ = module_of(HyperConnection)
     streams = random(2, 5, STREAMS, HIDDEN, seed=9).bfloat16()
-    exact, _ = module(streams.double())
+    exact, *_ = module(streams.double())
     module.float()
     with torch.autocast("cpu", torch.bfloat16):
-        x, coefficients = module(streams)
+        x, streams, coefficients = module(streams)
         merged = module.merge(streams, x, coefficients)
     assert x.dtype == merged.dtype == torch.bfloat16
     assert all(coefficient.dtype == torch.float32 for coefficient in coefficients)
@@ -197,7 +197,7 @@ def test_streams_of_bf16_keep_fp32_coefficients():
 def test_plain_residual():
     streams, output = random(2, 5, 1, HIDDEN), random(2, 5, HIDDEN, seed=1)
     config = tiny_config("swa", residual__kind="plain")
-    x, coefficients = PlainResidual(config)(streams)
+    x, streams, coefficients = PlainResidual(config)(streams)
     assert torch.equal(x, streams[:, :, 0])
     assert torch.equal(PlainResidual(config).merge(streams, output, coefficients)[:, :, 0], streams[:, :, 0] + output)
     assert torch.equal(SingleStream(config)(streams), streams[:, :, 0])
@@ -211,7 +211,7 @@ def test_unconstrained_hyper_connection_token_by_token():
         for seed, parameter in enumerate(module.parameters()):
             parameter.copy_(random(*parameter.shape, seed=seed))
     streams, output = random(2, 3, STREAMS, HIDDEN, seed=7), random(2, 3, HIDDEN, seed=8)
-    collapsed, coefficients = module(streams)
+    collapsed, streams, coefficients = module(streams)
     merged = module.merge(streams, output, coefficients)
     pre_bias, post_bias, mixing_bias = module.static_bias.split([STREAMS, STREAMS, STREAMS**2])
     mixing_bias = mixing_bias.view(STREAMS, STREAMS)  # [source, destination]

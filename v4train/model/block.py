@@ -40,10 +40,10 @@ class Block(nn.Module):
         targets: Tensor | None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        x, coefficients = self.attention_residual(streams)
+        x, streams, coefficients = self.attention_residual(streams)
         x = self.attention(self.attention_norm(x), document_ids, cache)
         streams = self.attention_residual.merge(streams, x, coefficients)
-        x, coefficients = self.ffn_residual(streams)
+        x, streams, coefficients = self.ffn_residual(streams)
         x = self.ffn_norm(x)
         x = self.ffn(x, input_ids, document_ids) if self.is_moe else self.ffn(x)
         streams = self.ffn_residual.merge(streams, x, coefficients)

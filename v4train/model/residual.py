@@ -3,8 +3,8 @@
 Sources: V4 report section 2.2, mHC paper arXiv 2512.24880, V4.md 2.1 (orientation: trap 3); HC paper arXiv 2409.19606.
 
 Shapes: B batch, S sequence, C streams, M hidden. Streams are [B, S, C, M]; a plain residual has C = 1.
-A residual module collapses the streams to a sub-layer's input and returns the coefficients that `merge` needs to put
-the sub-layer's output back.
+A residual module collapses the streams to a sub-layer's input and returns with it the streams and the coefficients that
+`merge` needs to put the sub-layer's output back.
 """
 
 import torch
@@ -48,11 +48,11 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        x, *factors = ctx.saved_tensors[:3]
-        rows, columns = factors
+        x, rows, columns, *denominators = ctx.saved_tensors
+        factors = [rows, columns]
         change, weighted = gradient * rows[:, None] * columns[None], gradient * x
         gradients = [_weighted_sums(weighted, columns, 0), _weighted_sums(weighted, rows, 1)]
-        for turn, denominator in zip(reversed(ctx.turns), reversed(ctx.saved_tensors[3:]), strict=True):
+        for turn, denominator in zip(reversed(ctx.turns), reversed(denominators), strict=True):
             # new = own / denominator, denominator = own * sums + eps, sums = x weighted by the other factor
             other, own_gradient = factors[1 - turn], gradients[turn]
             sums_gradient = factors[turn].square().mul_(own_gradient).neg_()
@@ -75,15 +75,36 @@ def _weighted_sums(x: Tensor, weights: Tensor, turn: int) -> Tensor:
     return total
 
 
-def stream_projection(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
+def stream_projection(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm (no weight) over all C*M values of a token, then a linear map: [B, S, C, M] -> fp32 [R, B, S].
 
+    Also returns the streams: whoever uses them further takes these, so that all gradients are summed in one place.
     The norm's scalar is applied after the product, which is the same and saves a pass over the streams.
     """
     with full_precision(streams.device.type):
-        flat = full(streams.flatten(2))
-        scale = torch.rsqrt(flat.square().mean(-1) + eps)
-        return F.linear(flat, full(weight)).movedim(-1, 0) * scale
+        return _StreamProjection.apply(streams, weight, eps)
+
+
+class _StreamProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        flat = full(streams).flatten(2)
+        scale = torch.linalg.vector_norm(flat, dim=-1).square_().div_(flat.shape[-1]).add_(eps).rsqrt_()
+        projected = F.linear(flat, full(weight)).movedim(-1, 0) * scale
+        ctx.save_for_backward(streams, weight, projected, scale)
+        return projected, streams.view_as(streams)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor, streams_gradient: Tensor):
+        streams, weight, projected, scale = ctx.saved_tensors
+        flat = full(streams).flatten(2).flatten(0, 1)
+        # p = s W x, s = (mean(x^2) + eps)^-1/2: dx = s W^T dp - x s^2 mean(p . dp)
+        along = ((gradient * projected).sum(0) * scale.square() / -flat.shape[-1]).flatten()
+        change = (gradient * scale).flatten(1)
+        total = torch.addmm(full(streams_gradient).flatten(2).flatten(0, 1), change.mT, full(weight))
+        total.addcmul_(flat, along[:, None])
+        return total.view_as(streams).to(streams.dtype), torch.mm(change, flat).to(weight.dtype), None
 
 
 class PlainResidual(nn.Module):
@@ -92,9 +113,9 @@ class PlainResidual(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, None]:
-        """The only stream, [B, S, 1, M] -> [B, S, M]; no coefficients."""
-        return streams[:, :, 0], None
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The only stream, [B, S, 1, M] -> [B, S, M]; the streams; no coefficients."""
+        return streams[:, :, 0], streams, None
 
     def merge(self, streams: Tensor, output: Tensor, coefficients: None) -> Tensor:
         """streams + output."""
@@ -114,17 +135,17 @@ class HyperConnection(nn.Module):
         self.static_bias = nn.Parameter(torch.empty(sum(rows)))
         self.gates = nn.Parameter(torch.empty(3))
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Collapsed input [B, S, M], and (mixing [source, destination, B, S], post [destination, B, S]), fp32."""
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Collapsed input [B, S, M], streams, (mixing [source, destination, B, S], post [destination, B, S]), fp32."""
         count, eps = self.options.num_streams, self.options.eps
         sizes = [count, count, count * count]
-        projected = stream_projection(streams, self.projection, self.norm_eps)
+        projected, streams = stream_projection(streams, self.projection, self.norm_eps)
         gate = torch.cat([gate.expand(size) for gate, size in zip(self.gates, sizes, strict=True)])
         logits = projected * gate[:, None, None] + self.static_bias[:, None, None]
         pre, post, mixing = logits.split(sizes)
         pre, post = torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post)
         mixing = sinkhorn(mixing.unflatten(0, (count, count)), self.options.sinkhorn_iterations, eps)
-        return collapse(streams, pre), (mixing, post)
+        return *collapse(streams, pre), (mixing, post)
 
     def merge(self, streams: Tensor, output: Tensor, coefficients: tuple[Tensor, Tensor]) -> Tensor:
         """As `merge_streams`."""
@@ -146,8 +167,8 @@ class UnconstrainedHyperConnection(nn.Module):
         self.static_bias = nn.Parameter(torch.empty(2 * self.count + self.count**2))
         self.gates = nn.Parameter(torch.empty(3))
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Collapsed input [B, S, M], and (mixing [source, destination, B, S], post [destination, B, S]), fp32."""
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Collapsed input [B, S, M], streams, (mixing [source, destination, B, S], post [destination, B, S]), fp32."""
         count = self.count
         with full_precision(streams.device.type):
             normalised = rms_norm(full(streams), self.norm_eps)
@@ -159,7 +180,7 @@ class UnconstrainedHyperConnection(nn.Module):
         pre = pre[0] * gates[0] + biases[0][:, None, None]
         post = post[0] * gates[1] + biases[1][:, None, None]
         mixing = mixing.transpose(0, 1) * gates[2] + biases[2].view(count, count, 1, 1)
-        return collapse(streams, pre), (mixing, post)
+        return *collapse(streams, pre), (mixing, post)
 
     def merge(self, streams: Tensor, output: Tensor, coefficients: tuple[Tensor, Tensor]) -> Tensor:
         """As `merge_streams`."""
@@ -171,17 +192,58 @@ def merge_streams(streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor)
 
     mixing: [source, destination, B, S]; post: [destination, B, S].
     """
-    with full_precision(streams.device.type):
-        # One product a token: the output is one more source. Contiguous, or bmm copies matrix by matrix.
-        weights = torch.cat([mixing, post[None]]).permute(2, 3, 1, 0).contiguous().to(streams.dtype)
-        sources = torch.cat([streams, output[:, :, None].to(streams.dtype)], dim=2)
-        return torch.matmul(weights, sources)
+    # Contiguous, or bmm copies matrix by matrix
+    mixing = mixing.permute(2, 3, 1, 0).flatten(0, 1).contiguous().to(streams.dtype)
+    post = post.movedim(0, -1).flatten(0, 1)[:, :, None].contiguous().to(streams.dtype)
+    return _Merge.apply(streams, output.to(streams.dtype), mixing, post)
 
 
-def collapse(streams: Tensor, pre: Tensor) -> Tensor:
-    """sum_i pre_i x_i: [B, S, C, M], [C, B, S] -> [B, S, M]."""
-    with full_precision(streams.device.type):
-        return torch.matmul(pre.movedim(0, -1)[:, :, None].contiguous().to(streams.dtype), streams)[:, :, 0]
+class _Merge(torch.autograd.Function):
+    """Products token by token: mixing [T, destination, source], post [T, destination, 1]."""
+
+    @staticmethod
+    def forward(ctx, streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor) -> Tensor:
+        ctx.save_for_backward(streams, output, mixing, post)
+        with full_precision(streams.device.type):
+            merged = torch.bmm(post, output.flatten(0, 1)[:, None])
+            return merged.baddbmm_(mixing, streams.flatten(0, 1)).view_as(streams)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        streams, output, mixing, post = ctx.saved_tensors
+        with full_precision(streams.device.type):
+            gradient, output = gradient.flatten(0, 1), output.flatten(0, 1)
+            streams_gradient = torch.bmm(mixing.mT, gradient).view_as(streams)
+            output_gradient = torch.bmm(post.mT, gradient).view(*streams.shape[:2], -1)
+            mixing_gradient = torch.bmm(gradient, streams.flatten(0, 1).mT)
+            return streams_gradient, output_gradient, mixing_gradient, torch.bmm(gradient, output[:, :, None])
+
+
+def collapse(streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_i pre_i x_i: [B, S, C, M], [C, B, S] -> [B, S, M]; and the streams, as `stream_projection` returns them."""
+    pre = pre.movedim(0, -1).flatten(0, 1)[:, None].contiguous().to(streams.dtype)
+    return _Collapse.apply(streams, pre)
+
+
+class _Collapse(torch.autograd.Function):
+    """pre: [T, 1, C]."""
+
+    @staticmethod
+    def forward(ctx, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(streams, pre)
+        with full_precision(streams.device.type):
+            collapsed = torch.bmm(pre, streams.flatten(0, 1))[:, 0].unflatten(0, streams.shape[:2])
+        return collapsed, streams.view_as(streams)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor, streams_gradient: Tensor):
+        streams, pre = ctx.saved_tensors
+        with full_precision(streams.device.type):
+            gradient = gradient.flatten(0, 1)[:, None]
+            total = torch.baddbmm(streams_gradient.flatten(0, 1), pre.mT, gradient)
+            return total.view_as(streams), torch.bmm(gradient, streams.flatten(0, 1).mT)
 
 
 class StreamCollapse(nn.Module):
@@ -197,9 +259,9 @@ class StreamCollapse(nn.Module):
 
     def forward(self, streams: Tensor) -> Tensor:
         """[B, S, C, M] -> [B, S, M]."""
-        projected = stream_projection(streams, self.projection, self.norm_eps)
+        projected, streams = stream_projection(streams, self.projection, self.norm_eps)
         logits = projected * self.gates + self.static_bias[:, None, None]
-        return collapse(streams, torch.sigmoid(logits) + self.eps)
+        return collapse(streams, torch.sigmoid(logits) + self.eps)[0]
 
 
 class SingleStream(nn.Module):
