@@ -9,12 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.model.packings import batch_of
 from tests.models import random_model, random_tokens, tiny_config
-from v4train.model.ffn import swiglu
+from v4train.model.ffn import ACTIVATIONS, Activation
 from v4train.model.linear import GroupedLinear, StackedLinear
 from v4train.model.losses import Losses
 from v4train.model.moe import MoE
 from v4train.model.moe.balance import max_violation, sequence_balance_loss
-from v4train.model.moe.experts import Experts, grouped_linear
+from v4train.model.moe.experts import Experts, grouped_product, grouped_weight_gradient
 from v4train.model.moe.router import HashRouter, ScoreRouter, affinities, balanced_table
 
 EXPERTS, TOP_K, HIDDEN = 5, 2, 6
@@ -48,6 +48,10 @@ def naive_expert(x, gate, up, down, limit):
         )
         hidden.append(g / (1 + (-g).exp()) * u)
     return down @ torch.stack(hidden)
+
+
+def swiglu(gate, up, limit):
+    return Activation(*ACTIVATIONS["swiglu"], limit)(torch.cat([gate, up], -1))
 
 
 # -- experts ----------------------------------------------------------------------------------------------------------
@@ -92,35 +96,59 @@ def test_swiglu_clamps_gate_above_and_up_on_both_sides():
     assert swiglu(gate, up, 10.0).tolist() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("limit", [None, 0.8])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gradient_of_the_activation(name, limit):
+    """Against autograd on the formula, where the clamp bites and where it does not."""
+    gate_up, cotangent = random(7, 12).requires_grad_(), random(7, 6, seed=1)
+    activation = Activation(*ACTIVATIONS[name], limit)
+    gate, up = gate_up.chunk(2, -1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    slope, shift = {"swiglu": (1, 0), "swiglu_oai": (1.702, 1)}[name]
+    formula = gate * torch.sigmoid(slope * gate) * (up + shift)
+    torch.testing.assert_close(activation(gate_up.detach()), formula.detach(), atol=1e-12, rtol=0)
+    expected = torch.autograd.grad(formula, gate_up, cotangent)[0]
+    torch.testing.assert_close(activation.backward(gate_up.detach(), cotangent), expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("sizes", [(8, 16), (5, 3), (7, 8), (1, 1)])
 @pytest.mark.parametrize("rows", [[3, 0, 4, 1], [0, 0, 0, 8], [1, 0, 0, 0], [0, 0, 0, 0]])
-def test_grouped_linear(rows, sizes, dtype):
-    """Odd widths, groups without rows, no rows at all; values and gradients."""
+def test_grouped_products(rows, sizes, dtype):
+    """Odd widths, groups without rows, no rows at all; the product, the one back, and the weight's gradient."""
     width, outputs = sizes
-    x = random(sum(rows), width).to(dtype).requires_grad_()
-    weight = random(len(rows), outputs, width, seed=1).to(dtype).requires_grad_()
+    x, weight = random(sum(rows), width).to(dtype), random(len(rows), outputs, width, seed=1).to(dtype)
+    gradient = random(sum(rows), outputs, seed=2).to(dtype)
     ends = torch.tensor(rows).cumsum(0).to(torch.int32)
-    ours = grouped_linear(x, weight, ends)
-    exact_x, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (x, weight))
-    theirs = torch.cat([part @ exact_weight[group].T for group, part in enumerate(exact_x.split(rows))])
+    exact_x, exact_weight = (tensor.double().requires_grad_() for tensor in (x, weight))
+    product = torch.cat([part @ exact_weight[group].T for group, part in enumerate(exact_x.split(rows))])
+    expected = [product.detach(), *torch.autograd.grad(product, (exact_x, exact_weight), gradient.double())]
+    ours = [
+        grouped_product(x, weight, ends),
+        grouped_product(gradient, weight.mT, ends),
+        grouped_weight_gradient(gradient, x, ends),
+    ]
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
-    assert ours.dtype == dtype and ours.shape == (sum(rows), outputs)
-    torch.testing.assert_close(ours.double(), theirs, atol=tolerance, rtol=tolerance)
-    cotangent = random(sum(rows), outputs, seed=2).to(dtype)
-    mine = torch.autograd.grad(ours, (x, weight), cotangent)
-    other = torch.autograd.grad(theirs, (exact_x, exact_weight), cotangent.double())
-    for a, b in zip(mine, other, strict=True):
-        torch.testing.assert_close(a.double(), b, atol=tolerance, rtol=tolerance)
+    for mine, other in zip(ours, expected, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), other, atol=tolerance, rtol=tolerance)
 
 
 def test_autocast_multiplies_in_bf16():
-    x, weight = random(6, 5, dtype=torch.float32), random(2, 3, 5, dtype=torch.float32)
-    ends = torch.tensor([2, 6], dtype=torch.int32)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = grouped_linear(x, weight, ends)
-    assert ours.dtype == torch.bfloat16
-    torch.testing.assert_close(ours.float(), grouped_linear(x, weight, ends), atol=0.05, rtol=0.02)
+    """Values and gradients are those of fp32 to bf16's rounding, and come back in the inputs' own dtypes."""
+    experts = filled(Experts(config_of()), 0.5, torch.float32)
+    x, weights = random(9, HIDDEN, dtype=torch.float32).requires_grad_(), random(9, TOP_K, dtype=torch.float32, seed=1)
+    chosen, inputs = torch.arange(9)[:, None].add(torch.tensor([0, 1])) % EXPERTS, (x, *experts.parameters())
+    results = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = experts(x, chosen, weights)
+        assert output.dtype == (torch.bfloat16 if enabled else torch.float32)
+        results.append([output.float(), *torch.autograd.grad(output.float().square().sum(), inputs)])
+    for rounded, exact in zip(*results, strict=True):
+        assert rounded.dtype == torch.float32
+        assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
 
 
 def test_stacked_and_grouped_projections():

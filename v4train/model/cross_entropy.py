@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from v4train.model.precision import full
 
-CHUNK_BYTES = 64 * 2**20  # fp32 logits held at a time
+CHUNK_BYTES = 16 * 2**20  # fp32 logits held at a time: few enough for a cache, enough for the products
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -23,19 +23,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = full(F.linear(chunk, weight))
             valid, index = target != -100, target.clamp(min=0)[:, None]
             chosen = logits.gather(-1, index)[:, 0]
-            top = logits.amax(-1, keepdim=True)
-            weights = logits.sub_(top).exp_()
-            normaliser = weights.sum(-1)
-            total += (normaliser.log() + top[:, 0] - chosen)[valid].sum()
+            top, best = logits.max(-1, keepdim=True)
+            softmax = torch.softmax(logits, -1, out=logits)
+            # The largest probability is at least 1/V, so this log-sum-exp is exact
+            normaliser = (top - softmax.gather(-1, best).log())[:, 0]
+            total += torch.where(valid, normaliser - chosen, 0).sum()
             if x_gradient is None and weight_gradient is None:
                 continue
-            gradient = weights.mul_((valid / normaliser)[:, None])  # softmax, 0 where ignored
-            gradient.scatter_add_(-1, index, -valid[:, None].to(gradient.dtype))
-            gradient = gradient.to(chunk.dtype)
+            gradient = softmax.scatter_add_(-1, index, softmax.new_full((), -1.0).expand_as(index)).to(chunk.dtype)
+            ignored = ~valid[:, None]
             if x_gradient is not None:
-                x_gradient[begin : begin + rows] = gradient @ weight
+                x_gradient[begin : begin + rows] = (gradient @ weight).masked_fill_(ignored, 0)
             if weight_gradient is not None:
-                weight_gradient += full(gradient.mT @ chunk)
+                chunk = chunk.masked_fill(ignored, 0)
+                if dtype == weight_gradient.dtype:
+                    weight_gradient.addmm_(gradient.mT, chunk)
+                else:
+                    weight_gradient += full(gradient.mT @ chunk)
         ctx.save_for_backward(x_gradient, weight_gradient)
         return total
 

@@ -3,30 +3,73 @@
 Shapes: M hidden, I inner width.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from v4train.model.linear import StackedLinear
 
-OAI_ALPHA = 1.702  # slope of the sigmoid in gpt-oss's SwiGLU
+
+class Activation(NamedTuple):
+    """g sigmoid(slope g) (u + shift) with g = min(gate, limit), u = clamp(up, -limit, limit); no clamp for None.
+
+    Slope 1 and shift 0 are silu(g) u (V4 report section 4.2.3); gpt-oss has 1.702 and 1 (its model card, released code).
+    """
+
+    slope: float
+    shift: float
+    limit: float | None
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        """Halves [..., 2I] (gate, then up) to [..., I]."""
+        gate, up = self._clamped(gate_up)
+        return self._unit(gate).mul_(up + self.shift if self.shift else up)
+
+    def backward(self, gate_up: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient [..., 2I] with respect to `gate_up`, of the output's [..., I]; each pass over memory counts."""
+        gate, up = self._clamped(gate_up)
+        result = torch.empty_like(gate_up)
+        gate_gradient, up_gradient = result.chunk(2, dim=-1)
+        torch.mul(gradient, self._unit(gate), out=up_gradient)
+        change = (up + self.shift if self.shift else up) * gradient
+        torch.ops.aten.silu_backward.grad_input(change, self._sloped(gate), grad_input=gate_gradient)
+        if self.limit is not None:
+            for part, inputs, low in zip((gate_gradient, up_gradient), gate_up.chunk(2, -1), (-math.inf, -self.limit)):
+                torch.ops.aten.hardtanh_backward.grad_input(part, inputs, low, self.limit, grad_input=part)
+        return result
+
+    def _clamped(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (gate, up) if self.limit is None else (gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit))
+
+    def _sloped(self, gate: Tensor) -> Tensor:
+        return gate if self.slope == 1 else gate * self.slope
+
+    def _unit(self, gate: Tensor) -> Tensor:
+        unit = F.silu(self._sloped(gate))
+        return unit if self.slope == 1 else unit.div_(self.slope)
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit) (V4 report section 4.2.3); no clamp where `limit` is None."""
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return F.silu(gate) * up
+ACTIVATIONS = {"swiglu": (1.0, 0.0), "swiglu_oai": (1.702, 1.0)}  # slope and shift
 
 
-def swiglu_oai(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
-    """gate * sigmoid(1.702 gate) * (up + 1), clamped like `swiglu` (gpt-oss model card, released code)."""
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(OAI_ALPHA * gate) * (up + 1)
+class _Gated(torch.autograd.Function):
+    """An activation that saves nothing but its input."""
 
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, activation: Activation) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(gate_up)
+        return activation(gate_up)
 
-ACTIVATIONS = {"swiglu": swiglu, "swiglu_oai": swiglu_oai}
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        return ctx.activation.backward(*ctx.saved_tensors, gradient), None
 
 
 class SwiGLU(nn.Module):
@@ -34,10 +77,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, limit: float | None) -> None:
         super().__init__()
-        self.limit = limit
+        self.activation = Activation(*ACTIVATIONS["swiglu"], limit)
         self.gate_up = StackedLinear(2, hidden_size, intermediate_size)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(swiglu(gate, up, self.limit))
+        return self.down(_Gated.apply(self.gate_up(x), self.activation))

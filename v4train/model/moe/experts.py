@@ -1,62 +1,131 @@
 """Routed experts as stacked matrices, multiplied by `grouped_mm` over tokens sorted by expert; no loop over experts.
 
-Shapes: T tokens, K experts per token, E experts, M hidden, I inner width.
+Shapes: T tokens, K experts per token, R = T K rows sorted by expert, E experts, M hidden, I inner width.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from v4train.model.config import ModelConfig
-from v4train.model.ffn import ACTIVATIONS
+from v4train.model.ffn import ACTIVATIONS, Activation
 
 
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+class Groups(NamedTuple):
+    """Rows sorted by expert, one for each expert of each token."""
+
+    token: Tensor  # [R] int64, whose row it is
+    order: Tensor  # [R] int64, its place in the flattened [T, K]
+    row: Tensor  # [T, K] int64, the inverse
+    ends: Tensor  # [E] int32, one past each expert's last row
+
+
+def groups_of(chosen: Tensor, num_experts: int) -> Groups:
+    """Sort the choices [T, K] of all tokens by expert; rows of one expert keep the order of tokens."""
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    row = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    ends = torch.bincount(flat, minlength=num_experts).cumsum(0).to(torch.int32)
+    return Groups(order // chosen.shape[1], order, row.view(chosen.shape), ends)
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows of each group times its own matrix: x [R, in] sorted by group, weight [E, out, in] -> [R, out].
 
-    `ends` [E] int32 is one past each group's last row. Inner sizes are padded with zeros to the 16 bytes that
-    `grouped_mm` wants of every stride, and fp64 (for tests), which it lacks, goes by one product a group (torch 2.13).
+    fp64 (for tests), which `grouped_mm` lacks, goes by one product a group (torch 2.13).
     """
     if x.dtype == torch.float64:
-        rows = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-        return torch.cat([F.linear(part, matrix) for part, matrix in zip(x.split(rows), weight, strict=True)])
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    outputs, unit = weight.shape[1], 16 // x.element_size()
-    pad_in, pad_out = -weight.shape[2] % unit, -outputs % unit
-    if pad_in or pad_out:
-        x, weight = F.pad(x, (0, pad_in)), F.pad(weight, (0, pad_in, 0, pad_out))
-    return F.grouped_mm(x, weight.mT, offs=ends)[:, :outputs]
+        parts = zip(x.split(_sizes(ends)), weight, strict=True)
+        return torch.cat([F.linear(part, matrix) for part, matrix in parts])
+    outputs, weight = weight.shape[1], _padded(_padded(weight).mT)
+    return F.grouped_mm(_padded(x), weight, offs=ends)[:, :outputs]
 
 
-class _Dispatch(torch.autograd.Function):
-    """Row x[order // K] for each (token, expert) pair; backward sums a token's K rows by the inverse order."""
+def grouped_weight_gradient(gradient: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """Gradient of `grouped_product`'s weight, [E, out, in], from its output's [R, out] and its rows [R, in]."""
+    if x.dtype == torch.float64:
+        parts = zip(gradient.split(_sizes(ends)), x.split(_sizes(ends)), strict=True)
+        return torch.stack([own.mT @ rows for own, rows in parts])
+    outputs, inputs = gradient.shape[1], x.shape[1]
+    return F.grouped_mm(_padded(gradient).mT, _padded(x), offs=ends)[:, :outputs, :inputs]
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Zeros behind the last dimension, up to the 16 bytes that `grouped_mm` wants of every stride (torch 2.13)."""
+    missing = -x.shape[-1] % (16 // x.element_size())
+    return F.pad(x, (0, missing)) if missing else x  # padding by nothing would copy
+
+
+def _sizes(ends: Tensor) -> list[int]:
+    return torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+
+
+def _sum_of_rows(rows: Tensor, row: Tensor) -> Tensor:
+    """Rows [R, M] summed at the places [T, K]: [T, M], in fp32 for fp32 and bf16."""
+    return F.embedding_bag(row, rows, mode="sum")
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """Of the products: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class _GatheredLinear(torch.autograd.Function):
+    """Each row its token's x [T, M] times its expert's matrix [E, out, M]. Saves x, not the K copies of it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.top_k = order.numel() // x.shape[0]
-        return x[order // ctx.top_k]
+    def forward(ctx, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        ctx.dtype = _dtype(x)
+        ctx.save_for_backward(x, weight, *groups)
+        rows = x.to(ctx.dtype).index_select(0, groups.token)
+        return grouped_product(rows, weight.to(ctx.dtype), groups.ends)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
-        (inverse,) = ctx.saved_tensors
-        return gradient[inverse].unflatten(0, (-1, ctx.top_k)).sum(1), None, None
+        x, weight, *groups = ctx.saved_tensors
+        groups, gradient = Groups(*groups), gradient.contiguous()
+        rows = x.to(ctx.dtype).index_select(0, groups.token)
+        weight_gradient = grouped_weight_gradient(gradient, rows, groups.ends).to(weight.dtype)
+        rows = grouped_product(gradient, weight.to(ctx.dtype).mT, groups.ends)
+        return _sum_of_rows(rows, groups.row).to(x.dtype), weight_gradient, None
 
 
-class _Unsort(torch.autograd.Function):
-    """Rows back in (token, expert) order: x[inverse], whose backward is gradient[order]."""
+class _CombinedLinear(torch.autograd.Function):
+    """sum_k w[t, k] down_e(activation(gate_up row)): gate_up [R, 2I], down [E, M, I], w [T, K] -> [T, M].
+
+    Weights are applied to the narrow side of the product, as the released code does (V4.md 2.5). Saves only inputs.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return x[inverse]
+    def forward(ctx, gate_up: Tensor, down: Tensor, weights: Tensor, groups: Groups, activation: Activation) -> Tensor:
+        ctx.save_for_backward(gate_up, down, weights, *groups)
+        ctx.activation = activation
+        hidden = activation(gate_up).mul_(_weights_of_rows(weights, groups, gate_up.dtype))
+        rows = grouped_product(hidden, down.to(gate_up.dtype), groups.ends)
+        return _sum_of_rows(rows, groups.row)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
-        (order,) = ctx.saved_tensors
-        return gradient[order], None, None
+        gate_up, down, weights, *groups = ctx.saved_tensors
+        groups, dtype = Groups(*groups), gate_up.dtype
+        rows_gradient = gradient.to(dtype).index_select(0, groups.token)
+        hidden = ctx.activation(gate_up)
+        hidden_gradient = grouped_product(rows_gradient, down.to(dtype).mT, groups.ends)
+        weights_gradient = (hidden_gradient * hidden).sum(-1).to(weights.dtype).index_select(0, groups.row.flatten())
+        row_weights = _weights_of_rows(weights, groups, dtype)
+        down_gradient = grouped_weight_gradient(rows_gradient, hidden.mul_(row_weights), groups.ends)
+        gate_up_gradient = ctx.activation.backward(gate_up, hidden_gradient * row_weights)
+        return gate_up_gradient, down_gradient.to(down.dtype), weights_gradient.view_as(weights), None, None
+
+
+def _weights_of_rows(weights: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+    return weights.flatten().index_select(0, groups.order).to(dtype)[:, None]
 
 
 class Experts(nn.Module):
@@ -65,7 +134,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         moe, hidden = config.moe, config.hidden_size
-        self.limit, self.activation = moe.swiglu_limit, ACTIVATIONS[moe.activation]
+        self.activation = Activation(*ACTIVATIONS[moe.activation], moe.swiglu_limit)
         self.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2, moe.intermediate_size, hidden))
         self.down = nn.Parameter(torch.empty(moe.num_experts, hidden, moe.intermediate_size))
         self.gate_up_bias = self.down_bias = None
@@ -75,17 +144,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """sum_k weights[t, k] * E_chosen[t, k](x[t]): [T, M], [T, K] int64, [T, K] -> [T, M]."""
-        flat = chosen.flatten()
-        order = flat.argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        ends = torch.bincount(flat, minlength=self.down.shape[0]).cumsum(0).to(torch.int32)
-        rows, expert = _Dispatch.apply(x, order, inverse), flat[order]
-        gate_up = grouped_linear(rows, self.gate_up.flatten(1, 2), ends)
+        groups = groups_of(chosen, self.down.shape[0])
+        gate_up = _GatheredLinear.apply(x, self.gate_up.flatten(1, 2), groups)
         if self.gate_up_bias is not None:
-            gate_up = gate_up + self.gate_up_bias.flatten(1)[expert]
-        rows = self.activation(*gate_up.chunk(2, dim=-1), self.limit)
-        rows = grouped_linear(rows, self.down, ends)
+            gate_up = gate_up + self.gate_up_bias.flatten(1)[chosen.flatten()[groups.order]]
+        output = _CombinedLinear.apply(gate_up, self.down, weights, groups, self.activation)
         if self.down_bias is not None:
-            rows = rows + self.down_bias[expert]
-        rows = _Unsort.apply(rows, order, inverse).unflatten(0, chosen.shape)
-        return torch.einsum("tkm,tk->tm", rows, weights.to(rows.dtype))
+            by_expert = torch.zeros_like(weights[:, :1]).expand(-1, self.down.shape[0]).scatter_add(1, chosen, weights)
+            output = output + torch.matmul(by_expert.to(output.dtype), self.down_bias.to(output.dtype))
+        return output
