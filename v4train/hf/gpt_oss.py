@@ -16,7 +16,7 @@ from v4train.hf.llama import (
     window_settings,
 )
 from v4train.model import ModelConfig
-from v4train.model.ffn import OAI_ALPHA
+from v4train.model.ffn import OAI_SLOPE
 from v4train.model.mix import refuse
 
 if TYPE_CHECKING:
@@ -53,14 +53,14 @@ def settings(config: ModelConfig) -> dict[str, Any]:
             num_experts_per_tok=moe.top_k,
             intermediate_size=moe.intermediate_size,
             swiglu_limit=moe.swiglu_limit,
-            swiglu_alpha=OAI_ALPHA,
+            swiglu_alpha=OAI_SLOPE,
         )
     )
 
 
 def describe(config: PreTrainedConfig, preset: ModelConfig) -> ModelConfig:
     """Our description of a peer."""
-    hold_theirs(config, swiglu_alpha=OAI_ALPHA)
+    hold_theirs(config, swiglu_alpha=OAI_SLOPE)
     moe = replace(
         preset.moe,
         num_experts=config.num_local_experts,

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from v4train.model.linear import StackedLinear
 
 
+OAI_SLOPE = 1.702  # of the sigmoid in gpt-oss's SwiGLU
+
+
 class Activation(NamedTuple):
     """g sigmoid(slope g) (u + shift) with g = min(gate, limit), u = clamp(up, -limit, limit); no clamp for None.
 
@@ -54,7 +57,7 @@ class Activation(NamedTuple):
         return unit if self.slope == 1 else unit.div_(self.slope)
 
 
-ACTIVATIONS = {"swiglu": (1.0, 0.0), "swiglu_oai": (1.702, 1.0)}  # slope and shift
+ACTIVATIONS = {"swiglu": (1.0, 0.0), "swiglu_oai": (OAI_SLOPE, 1.0)}  # slope and shift
 
 
 class _Gated(torch.autograd.Function):

@@ -6,8 +6,7 @@ chunks, for the same reason.
 
 Keys come from two places. `local` tokens are the sequence itself, seen through a window or as far as the document goes.
 `entries` are a list beside it: compressed entries (csa, hca), all tokens, to be selected from (dsa), or global tokens.
-Entries that all are seen stand with the local tokens in one product a chunk. Selected ones are gathered, K rows a query
-(each query its own small product), or, while there are few to select from, multiplied all and masked.
+Selected entries are gathered, K rows a query, or, while there are few to select from, multiplied all and masked.
 
 Shapes: B batch, S queries, Q queries of a chunk, H heads, G key-value heads (H a multiple), D head width, E value
 width, T tokens that keys exist for (S and what a cache holds before them), N entries, n those in reach of a chunk, K
@@ -15,14 +14,14 @@ selected ones, I indexer heads, J their width.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from v4train.model.attention.selection import (
+    IndexUse,
     add_rows,
     index_scores,
     indexer_kl,
@@ -33,55 +32,13 @@ from v4train.model.attention.selection import (
     take_rows,
     uniform_kl,
 )
-from v4train.model.attention.softmax import Term, join
-from v4train.model.documents import in_window
+from v4train.model.attention.softmax import join
+from v4train.model.attention.terms import Entries, Gathered, Inputs, InReach, Layout, Local, Part, Tokens, Window
 from v4train.model.precision import full, full_precision
 
 GATHER_FROM = 2  # entries in reach, as a multiple of K, from which gathering is the faster way (docs/performance.md)
 GATHERED = 2**21  # elements gathered at a time, at most: what a cache holds
 MEASURED_ENTRIES = 128  # for each query, of the dense attention that `recall` compares the selection with
-
-
-@dataclass
-class IndexUse:
-    """What is done with the lightning indexer's scores."""
-
-    top_k: int
-    select: bool  # attend to the top-k only (sparse mode)
-    with_loss: bool  # compute the KL to the main attention
-
-
-@dataclass
-class Local:
-    """Tokens of the sequence that a query sees. Keys [B, G, T, D] and values [B, G, T, E]; the last S are the queries'.
-
-    values None: the first E channels of the keys. starts: [B, S] first token of each query's document, as an index into
-    the keys.
-    window: how many tokens a query sees, every `dilation`-th one back from itself; None is the whole document.
-    """
-
-    keys: Tensor
-    values: Tensor | None
-    starts: Tensor
-    window: int | None
-    dilation: int = 1
-
-
-class Seen(Protocol):
-    def reach(self, begin: int, stop: int) -> slice:
-        """Entries that some query of begin..stop-1 may see: no other one does."""
-
-    def visible(self, begin: int, stop: int, entries: slice) -> Tensor:
-        """Which of these entries queries begin..stop-1 see: [B, stop - begin, n] bool."""
-
-
-@dataclass
-class Entries:
-    """Keys [B, G, N, D] and values [B, G, N, E] beside the sequence; values None: the first E channels of the keys."""
-
-    keys: Tensor
-    values: Tensor | None
-    seen: Seen
 
 
 class Attended(NamedTuple):
@@ -124,164 +81,15 @@ def attend(
     sources += [None if source is None else source.values for source in (local, entries)]
     width = next((x.shape[-1] for x in sources[2:] if x is not None), value_width or query.shape[-1])
     scale = scale or query.shape[-1] ** -0.5
-    layout = _Layout(local, None if entries is None else entries.seen, index, chunk, scale, width)
+    layout = Layout(local, None if entries is None else entries.seen, index, chunk, scale, width)
     with full_precision(query.device.type):
         return Attended(*_Attend.apply(query, *sources, sink, *(scored or (None, None, None)), layout))
-
-
-class _Layout:
-    """What is seen from where: everything about the attention that has no gradient."""
-
-    def __init__(
-        self, local: Local | None, seen: Seen | None, index: IndexUse | None, chunk: int, scale: float, width: int
-    ):
-        self.has_local = local is not None
-        if local is not None:  # not the tensors with gradients, which autograd must be able to free
-            self.starts, self.window, self.dilation = local.starts, local.window, local.dilation
-            self.before = local.keys.shape[2] - local.starts.shape[1]  # keys older than the first query
-        self.seen, self.index, self.chunk, self.scale, self.width = seen, index, chunk, scale, width
-
-    @property
-    def selects(self) -> bool:
-        return self.index is not None and self.index.select
-
-    @property
-    def learns(self) -> bool:
-        return self.index is not None and self.index.with_loss
-
-    def chunks(self, inputs: "_Inputs") -> Iterator[tuple[int, int]]:
-        (batch, length), chunk = inputs.query.shape[:2], self.chunk
-        if self.selects:
-            gathered = batch * self.index.top_k * inputs.entries.shape[-1]  # for one query of each row
-            chunk = max(1, min(chunk, GATHERED // gathered))
-        for begin in range(0, length, chunk):
-            yield begin, min(begin + chunk, length)
-
-    def local_keys(self, begin: int, stop: int) -> slice:
-        """Local keys that queries begin..stop-1 can reach."""
-        if not self.has_local:
-            return slice(0, 0)
-        if self.window is not None:
-            first = self.before + begin - (self.window - 1) * self.dilation
-        else:  # on a GPU reading a number back would hold up its queue
-            first = int(self.starts[:, begin:stop].min()) if self.starts.device.type == "cpu" else 0
-        return slice(max(first, 0), self.before + stop)
-
-    def local_mask(self, begin: int, stop: int) -> Tensor:
-        """Which of them each query sees: [B, Q, T'] bool."""
-        reach, device = self.local_keys(begin, stop), self.starts.device
-        key = torch.arange(reach.start, reach.stop, device=device)
-        distance = torch.arange(self.before + begin, self.before + stop, device=device)[:, None] - key
-        near = distance >= 0 if self.window is None else in_window(distance, self.window, self.dilation)
-        return near & (key >= self.starts[:, begin:stop, None])
-
-    def entries(self, begin: int, stop: int) -> slice:
-        return slice(0, 0) if self.seen is None else self.seen.reach(begin, stop)
-
-
-class _Inputs(NamedTuple):
-    """The tensors of `attend`: sources are local keys [B, G, T, D], entries [B, G, N, D], and the values of both."""
-
-    query: Tensor
-    keys: Tensor | None
-    entries: Tensor | None
-    values: Tensor | None
-    entry_values: Tensor | None
-    sink: Tensor | None
-    index_query: Tensor | None
-    index_keys: Tensor | None
-    head_weight: Tensor | None
-
-
-def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """0 where the mask holds, -inf elsewhere, in the precision of logits."""
-    zeros = torch.zeros(mask.shape, dtype=full(like[:0]).dtype, device=mask.device)
-    return zeros.masked_fill_(~mask, -torch.inf)
-
-
-class _Near:
-    """Local tokens and entries in reach of queries begin..stop-1, the latter where `attended` [B, Q, n] says so."""
-
-    def __init__(
-        self,
-        inputs: _Inputs,
-        layout: _Layout,
-        begin: int,
-        stop: int,
-        attended: Tensor | None,
-        some: slice = slice(None),  # noqa: B008
-    ):
-        """some: of the chunk's queries, from its beginning."""
-        self.local = layout.local_keys(begin, stop)
-        self.entries = slice(0, 0) if attended is None else layout.entries(begin, stop)
-        masks = [layout.local_mask(begin, stop)] if layout.has_local else []
-        masks += [] if attended is None else [attended]
-        mask = masks[0] if len(masks) == 1 else torch.cat(masks, dim=2)
-        query = inputs.query[:, begin:stop][:, some].transpose(1, 2)
-        keys = self._together(inputs.keys, inputs.entries)
-        shared = inputs.values is None and inputs.entry_values is None
-        values = None if shared else self._together(inputs.values, inputs.entry_values)
-        self.term = Term(query, keys, values, layout.width, _additive(mask[:, some], query)[:, None], layout.scale)
-        self.num_local = self.local.stop - self.local.start
-
-    def arrange(self, x: Tensor) -> Tensor:
-        """[B, Q, H, ...] as the term has it, [B, H, Q, ...]."""
-        return x.transpose(1, 2)
-
-    restore = arrange
-
-    def entry_probabilities(self, normaliser: Tensor) -> Tensor:
-        """Weights of the entries [B, Q, n], summed over heads, in a softmax with normaliser [B, Q, H]."""
-        logits = self.term.logits()[..., self.num_local :]
-        return (logits - self.arrange(normaliser)[..., None]).exp_().sum(1)
-
-    def add(self, gradients: list[Tensor | None], keys: Tensor, values: Tensor | None) -> None:
-        """Add gradients of the term's keys and values to those of the sources."""
-        for position, total in enumerate(gradients):
-            change = keys if position < 2 else values
-            if total is not None and position % 2 == 0:
-                total[:, :, self.local] += change[:, :, : self.num_local]
-            elif total is not None:
-                total[:, :, self.entries] += change[:, :, self.num_local :]
-
-    def _together(self, local: Tensor | None, entries: Tensor | None) -> Tensor:
-        parts = [] if local is None else [local[:, :, self.local]]
-        parts += [entries[:, :, self.entries]] if self.entries.stop > self.entries.start else []
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-class _Gathered:
-    """Entries `chosen` [B, Q, K] for each of queries begin..stop-1: every query a batch of its own, heads its rows."""
-
-    def __init__(self, inputs: _Inputs, layout: _Layout, begin: int, stop: int, chosen: Tensor):
-        self.chosen, self.shape = chosen, (*chosen.shape[:2], inputs.query.shape[2])
-        rows = take_rows(inputs.entries[:, 0], chosen)
-        values = None if inputs.entry_values is None else take_rows(inputs.entry_values[:, 0], chosen)[:, None]
-        mask = _additive(chosen >= 0, rows)
-        query = self.arrange(inputs.query[:, begin:stop])
-        self.term = Term(query, rows[:, None], values, layout.width, mask.flatten(0, 1)[:, None, None], layout.scale)
-
-    def arrange(self, x: Tensor) -> Tensor:
-        """[B, Q, H, ...] as the term has it, [B*Q, 1, H, ...]."""
-        return x.flatten(0, 1)[:, None]
-
-    def restore(self, x: Tensor) -> Tensor:
-        return x[:, 0].unflatten(0, self.shape[:2])
-
-    def entry_probabilities(self, normaliser: Tensor) -> Tensor:
-        """Weights of the chosen entries [B, Q, K], summed over heads, in a softmax with normaliser [B, Q, H]."""
-        return self.restore((self.term.logits() - self.arrange(normaliser)[..., None]).exp_()).sum(2)
-
-    def add(self, gradients: list[Tensor | None], keys: Tensor, values: Tensor | None) -> None:
-        add_rows(gradients[1][:, 0], self.chosen, keys)
-        if values is not None:
-            add_rows(gradients[3][:, 0], self.chosen, values)
 
 
 class _Chunk:
     """Queries begin..stop-1: what they attend to, and what the indexer has to do with it."""
 
-    def __init__(self, inputs: _Inputs, layout: _Layout, begin: int, stop: int, chosen: Tensor | None):
+    def __init__(self, inputs: Inputs, layout: Layout, begin: int, stop: int, chosen: Tensor | None):
         """chosen: [B, Q, K] entries, -1 for none, where the layout selects: filled here in forward, read in backward"""
         self.inputs, self.layout, self.begin, self.stop = inputs, layout, begin, stop
         self.reach = layout.entries(begin, stop)
@@ -304,13 +112,18 @@ class _Chunk:
         best = select_by_index(index_query, index_keys, head_weight, visible, self.layout.index.top_k)
         return torch.where(best < 0, -1, best + self.reach.start)
 
-    def parts(self) -> list[_Near | _Gathered]:
-        """The terms of this chunk's softmax; the last one holds the entries."""
-        arguments = (self.inputs, self.layout, self.begin, self.stop)
+    def parts(self) -> list[Part]:
+        """The terms of this chunk's softmax; where there are entries, the last one holds them."""
+        inputs, layout, here = self.inputs, self.layout, (self.begin, self.stop)
+        parts = []
+        if layout.has_local:
+            block = layout.block(inputs.query.shape[2] // inputs.keys.shape[1], self.stop - self.begin)
+            parts = [Tokens(inputs, layout, *here) if block is None else Window(inputs, layout, *here, block)]
         if self.gathers:
-            near = [_Near(*arguments, None)] if self.layout.has_local else []
-            return [*near, _Gathered(*arguments, self.chosen)]
-        return [_Near(*arguments, self.attended() if self.num_entries else None)]
+            parts.append(Gathered(inputs, layout, *here, self.chosen))
+        elif self.num_entries:
+            parts.append(InReach(inputs, layout, *here, self.attended()))
+        return parts
 
     def attended(self) -> Tensor:
         """[B, Q, n] bool: the entries in reach that are attended to."""
@@ -338,7 +151,7 @@ class _Chunk:
         with torch.set_grad_enabled(with_gradient):
             return leaves, index_scores(*leaves), attended
 
-    def measures(self, part: _Near | _Gathered, normaliser: Tensor) -> Tensor:
+    def measures(self, part: InReach | Gathered, normaliser: Tensor) -> Tensor:
         """(kl, uniform kl, recalled, recallable) of this chunk, whose softmax has normaliser [B, Q, H]: fp32 [4]."""
         _, scores, attended = self.learning(with_gradient=False)
         probabilities = part.entry_probabilities(normaliser).view(scores.shape)
@@ -357,9 +170,12 @@ class _Chunk:
             step = -(-self.inputs.entries.shape[2] // MEASURED_ENTRIES)
             some = slice(-self.begin % step, None, step)
             chosen, visible = self.chosen[:, some], self.visible()
-            dense = _Near(self.inputs, self.layout, self.begin, self.stop, visible, some)
-            normaliser = join([dense.restore(dense.term.logits().logsumexp(-1))], self.inputs.sink)
-            probabilities, visible = dense.entry_probabilities(normaliser), visible[:, some]
+            arguments = (self.inputs, self.layout, self.begin, self.stop)
+            dense = InReach(*arguments, visible, some)
+            terms = [Tokens(*arguments, some)] if self.layout.has_local else []
+            normalisers = [part.restore(part.term.logits().logsumexp(-1)) for part in (*terms, dense)]
+            probabilities = dense.entry_probabilities(join(normalisers, self.inputs.sink))
+            visible = visible[:, some]
             chosen = torch.where(chosen < 0, 0, chosen - self.reach.start)
         counts = visible.sum(-1) > top_k
         held = normalised(probabilities).gather(-1, chosen).sum(-1)
@@ -384,11 +200,20 @@ class _Chunk:
         return self.inputs.index_query[:, here], self.inputs.index_keys[:, entries], self.inputs.head_weight[:, here]
 
 
+def _chunks(inputs: Inputs, layout: Layout) -> Iterator[tuple[int, int]]:
+    (batch, length), chunk = inputs.query.shape[:2], layout.chunk
+    if layout.selects:
+        gathered = batch * layout.index.top_k * inputs.entries.shape[-1]  # for one query of each row
+        chunk = max(1, min(chunk, GATHERED // gathered))
+    for begin in range(0, length, chunk):
+        yield begin, min(begin + chunk, length)
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, layout = arguments
-        inputs = _Inputs(*tensors)
+        inputs = Inputs(*tensors)
         query, sink = inputs.query, inputs.sink
         batch, length, heads, _ = query.shape
         output = query.new_empty(batch, length, heads, layout.width)
@@ -398,7 +223,7 @@ class _Attend(torch.autograd.Function):
         if layout.selects:
             width = min(layout.index.top_k, inputs.entries.shape[2])
             selected = torch.full((batch, length, width), -1, dtype=torch.int32, device=query.device)
-        for begin, stop in layout.chunks(inputs):
+        for begin, stop in _chunks(inputs, layout):
             chunk = _Chunk(inputs, layout, begin, stop, None)
             if chunk.selects:
                 chunk.chosen = chunk.select()
@@ -407,7 +232,7 @@ class _Attend(torch.autograd.Function):
             softmaxes = [[part.restore(x) for x in part.term.softmax()] for part in parts]
             joint = join([own for _, own in softmaxes], sink)
             normaliser[:, begin:stop] = joint
-            output[:, begin:stop] = sum(values * torch.exp(own - joint)[..., None] for values, own in softmaxes)
+            output[:, begin:stop] = sum(values.mul_(torch.exp(own - joint)[..., None]) for values, own in softmaxes)
             if layout.learns and chunk.num_entries:
                 measures += chunk.measures(parts[-1], joint)
         ctx.save_for_backward(*inputs, output, normaliser, selected)
@@ -420,24 +245,22 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, output_gradient, kl_gradient, *_):
         *tensors, output, normaliser, selected = ctx.saved_tensors
-        inputs, layout = _Inputs(*tensors), ctx.layout
+        inputs, layout = Inputs(*tensors), ctx.layout
         # fp32 sums: many chunks add to the same key
         gradients = [None if tensor is None else full(torch.zeros_like(tensor)) for tensor in inputs]
-        query_gradient, sources = gradients[0], gradients[1:5]
-        if inputs.sink is not None:
-            for begin, stop in layout.chunks(inputs):
-                correction = (full(output[:, begin:stop]) * full(output_gradient[:, begin:stop])).sum(-1)
-                weight = torch.exp(full(inputs.sink) - normaliser[:, begin:stop])
-                gradients[5] -= (weight * correction).sum((0, 1))
-        for begin, stop in layout.chunks(inputs):
+        main = any(ctx.needs_input_grad[:6])  # or the indexer alone is trained
+        if main and inputs.sink is not None:
+            correction = torch.linalg.vecdot(full(output), full(output_gradient))
+            gradients[5] -= (torch.exp(full(inputs.sink) - normaliser) * correction).sum((0, 1))
+        for begin, stop in _chunks(inputs, layout):
             chosen = None if selected is None else selected[:, begin:stop].long()
             chunk = _Chunk(inputs, layout, begin, stop, chosen)
             parts = chunk.parts()
-            for part in parts:
+            for part in parts if main else ():
                 given = (part.arrange(x[:, begin:stop]) for x in (output_gradient, output, normaliser))
                 own_query, keys, values = part.term.backward(*given)
-                query_gradient[:, begin:stop] += part.restore(own_query)
-                part.add(sources, keys, values)
+                gradients[0][:, begin:stop] += part.restore(own_query)
+                part.add(gradients[1:5], keys, values)
             if layout.learns and chunk.num_entries:
                 probabilities = parts[-1].entry_probabilities(normaliser[:, begin:stop])
                 chunk.add_kl_gradients(gradients[6:], probabilities, kl_gradient)

@@ -3,6 +3,8 @@
 Shapes: B batch, Q queries, N entries, K selected ones, I indexer heads, J their width.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,15 @@ from v4train.model.precision import full, full_precision
 ENTRIES_AT_ONCE = 8192  # scored before the best are kept: bounds memory, not the result
 LOWEST = -(2**63)
 LOW_BITS = 2**32 - 1
+
+
+@dataclass
+class IndexUse:
+    """What is done with the lightning indexer's scores."""
+
+    top_k: int
+    select: bool  # attend to the top-k only (sparse mode)
+    with_loss: bool  # compute the KL to the main attention
 
 
 def index_scores(query: Tensor, keys: Tensor, head_weight: Tensor) -> Tensor:

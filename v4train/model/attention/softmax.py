@@ -29,6 +29,7 @@ class Term:
     width: int  # E
     mask: Tensor | None  # [B, 1, Q, n] added to the logits, -inf where unseen
     scale: float  # of the logits
+    unseeing: Tensor | None = None  # [B, 1, Q] bool, queries that see no key here, where there may be some
 
     @property
     def fused(self) -> bool:
@@ -97,6 +98,8 @@ def _fused_softmax(term: Term) -> tuple[Tensor, Tensor]:
     output, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_kernel_inputs(term), attn_mask=term.mask, scale=term.scale
     )
+    if term.unseeing is not None:  # the kernel says 0 (torch 2.13)
+        normaliser = normaliser.masked_fill(term.unseeing, -torch.inf)
     return output[..., : term.width], normaliser
 
 
