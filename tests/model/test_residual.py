@@ -13,8 +13,8 @@ from v4train.model.residual import (
     StreamCollapse,
     StreamSum,
     UnconstrainedHyperConnection,
-    sinkhorn,
 )
+from v4train.model.sinkhorn import sinkhorn, sinkhorn_backward
 
 STREAMS, HIDDEN = 4, 6
 
@@ -58,7 +58,7 @@ def reported_sinkhorn(logits, iterations):
 @pytest.mark.parametrize("iterations", [1, 3, 20])
 def test_sinkhorn_follows_both_descriptions(count, iterations):
     logits = 2 * random(count, count, 3, 5)
-    ours, ours_without_eps = sinkhorn(logits, iterations, 1e-3), sinkhorn(logits, iterations, 0.0)
+    ours, ours_without_eps = (sinkhorn(logits, iterations, eps)[0] for eps in (1e-3, 0.0))
     for b in range(3):
         for t in range(5):
             one = logits[:, :, b, t]
@@ -70,30 +70,32 @@ def test_sinkhorn_follows_both_descriptions(count, iterations):
 
 def test_sinkhorn_is_doubly_stochastic():
     """What arrives at each stream sums to exactly 1 (the last step), what leaves each nearly so."""
-    mixing = sinkhorn(random(4, 4, 50), 20, 0.0)
+    mixing, *_ = sinkhorn(random(4, 4, 50), 20, 0.0)
     torch.testing.assert_close(mixing.sum(0), torch.ones(4, 50, dtype=torch.float64), atol=1e-12, rtol=0)
     torch.testing.assert_close(mixing.sum(1), torch.ones(4, 50, dtype=torch.float64), atol=1e-3, rtol=0)
     assert mixing.min() > 0 and mixing.std() > 0.05
 
 
-def gradient_of_sinkhorn(function, logits):
-    weight = random(*logits.shape, seed=4).to(logits.dtype)
-    leaf = logits.clone().requires_grad_()
-    return torch.autograd.grad((function(leaf) * weight).sum(), leaf)[0]
+def weight_like(logits):
+    return random(*logits.shape, seed=4).to(logits.dtype)
+
+
+def gradient_of_sinkhorn(logits, eps):
+    """Of the matrices' sum weighted by `weight_like`."""
+    return sinkhorn_backward(weight_like(logits), eps, *sinkhorn(logits, 20, eps)[1:])
 
 
 def test_gradient_of_sinkhorn():
     logits = 2 * random(4, 4)
-    ours = gradient_of_sinkhorn(lambda x: sinkhorn(x, 20, 0.0), logits)
-    theirs = gradient_of_sinkhorn(lambda x: reported_sinkhorn(x.T, 20).T, logits)
-    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
-    assert theirs.abs().max() > 0.1
+    leaf = logits.clone().requires_grad_()
+    expected = torch.autograd.grad((reported_sinkhorn(leaf.T, 20).T * weight_like(logits)).sum(), leaf)[0]
+    torch.testing.assert_close(gradient_of_sinkhorn(logits, 0.0), expected, atol=1e-12, rtol=0)
+    assert expected.abs().max() > 0.1
 
 
 def test_gradient_of_sinkhorn_survives_fp32_and_large_logits():
     logits = 15 * random(4, 4, 200)
-    exact = gradient_of_sinkhorn(lambda x: sinkhorn(x, 20, 1e-6), logits)
-    ours = gradient_of_sinkhorn(lambda x: sinkhorn(x, 20, 1e-6), logits.float())
+    exact, ours = gradient_of_sinkhorn(logits, 1e-6), gradient_of_sinkhorn(logits.float(), 1e-6)
     assert (ours - exact).norm() / exact.norm() < 1e-4
 
 

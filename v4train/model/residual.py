@@ -15,64 +15,7 @@ from torch.nn import functional as F
 from v4train.model.config import ModelConfig
 from v4train.model.norm import rms_norm
 from v4train.model.precision import full, full_precision
-
-
-def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
-    """Approximately doubly stochastic matrices from logits [C, C, ...]: (source, destination, any), same shape.
-
-    The released code's order (V4.md trap 3): softmax over destinations, divide by the sums over sources, then
-    `iterations - 1` times both. On B = transpose this is 20 x RowNorm(ColNorm(.)) of report eq. 8.
-    The stream dimensions come first so that sums over them are vectorised over tokens.
-    """
-    return _Normalise.apply(logits.softmax(dim=1) + eps, iterations, eps)
-
-
-class _Normalise(torch.autograd.Function):
-    """The divisions of `sinkhorn`, on one factor a row and one a column: matrix [i, j] = x[i, j] rows[i] columns[j].
-
-    Dividing by sums changes the factors only, 2 C numbers a token and not C^2. Only the denominators are saved:
-    backward multiplies its way to each iterate.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, iterations: int, eps: float) -> Tensor:
-        turns = [1, *[0, 1] * (iterations - 1)]  # which factor changes: 1 the columns' (sums over sources), 0 the rows'
-        factors, denominators = [torch.ones_like(x[:, 0]), torch.ones_like(x[0])], []
-        for turn in turns:
-            denominators.append(_weighted_sums(x, factors[1 - turn], turn).mul_(factors[turn]).add_(eps))
-            factors[turn] = factors[turn] / denominators[-1]
-        ctx.turns, ctx.eps = turns, eps
-        ctx.save_for_backward(x, *factors, *denominators)
-        return x * factors[0][:, None] * factors[1][None]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        x, rows, columns, *denominators = ctx.saved_tensors
-        factors = [rows, columns]
-        change, weighted = gradient * rows[:, None] * columns[None], gradient * x
-        gradients = [_weighted_sums(weighted, columns, 0), _weighted_sums(weighted, rows, 1)]
-        for turn, denominator in zip(reversed(ctx.turns), reversed(denominators), strict=True):
-            # new = own / denominator, denominator = own * sums + eps, sums = x weighted by the other factor
-            other, own_gradient = factors[1 - turn], gradients[turn]
-            sums_gradient = factors[turn].square().mul_(own_gradient).neg_()
-            gradients[turn] = own_gradient / denominator.square() * ctx.eps
-            factors[turn] = factors[turn] * denominator
-            if turn == 0:
-                change.addcmul_(sums_gradient[:, None], other[None])
-            else:
-                change.addcmul_(other[:, None], sums_gradient[None])
-            gradients[1 - turn] = _weighted_sums(x, sums_gradient, 1 - turn).add_(gradients[1 - turn])
-        return change, None, None
-
-
-def _weighted_sums(x: Tensor, weights: Tensor, turn: int) -> Tensor:
-    """For the columns (turn 1) sum_i x[i, j] weights[i], for the rows (0) sum_j x[i, j] weights[j]: [C, ...]."""
-    parts = x.unbind(1 - turn)
-    total = parts[0] * weights[0]
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        total.addcmul_(part, weight)
-    return total
+from v4train.model.sinkhorn import sinkhorn, sinkhorn_backward
 
 
 def stream_projection(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -88,9 +31,7 @@ def stream_projection(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 class _StreamProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        flat = full(streams).flatten(2)
-        scale = torch.linalg.vector_norm(flat, dim=-1).square_().div_(flat.shape[-1]).add_(eps).rsqrt_()
-        projected = F.linear(flat, full(weight)).movedim(-1, 0) * scale
+        projected, scale = _project(streams, weight, eps)
         ctx.save_for_backward(streams, weight, projected, scale)
         return projected, streams.view_as(streams)
 
@@ -98,13 +39,28 @@ class _StreamProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor, streams_gradient: Tensor):
         streams, weight, projected, scale = ctx.saved_tensors
-        flat = full(streams).flatten(2).flatten(0, 1)
-        # p = s W x, s = (mean(x^2) + eps)^-1/2: dx = s W^T dp - x s^2 mean(p . dp)
-        along = ((gradient * projected).sum(0) * scale.square() / -flat.shape[-1]).flatten()
-        change = (gradient * scale).flatten(1)
-        total = torch.addmm(full(streams_gradient).flatten(2).flatten(0, 1), change.mT, full(weight))
-        total.addcmul_(flat, along[:, None])
-        return total.view_as(streams).to(streams.dtype), torch.mm(change, flat).to(weight.dtype), None
+        total = full(streams_gradient).flatten(0, 1).clone()
+        weight_gradient = _add_projection_gradient(total, gradient, streams, weight, projected, scale)
+        return total.view_as(streams).to(streams.dtype), weight_gradient, None
+
+
+def _project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Projected values [R, B, S], and the norm's scalar [B, S]: fp32."""
+    flat = full(streams).flatten(2)
+    scale = torch.linalg.vector_norm(flat, dim=-1).square_().div_(flat.shape[-1]).add_(eps).rsqrt_()
+    return F.linear(flat, full(weight)).movedim(-1, 0) * scale, scale
+
+
+def _add_projection_gradient(
+    total: Tensor, gradient: Tensor, streams: Tensor, weight: Tensor, projected: Tensor, scale: Tensor
+) -> Tensor:
+    """Add the gradient of streams to `total` [T, C, M], fp32; return the weight's. gradient: of `projected`."""
+    flat, total = full(streams).flatten(2).flatten(0, 1), total.flatten(1)
+    # p = s W x, s = (mean(x^2) + eps)^-1/2: dx = s W^T dp - x s^2 mean(p . dp)
+    along = ((gradient * projected).sum(0) * scale.square() / -flat.shape[-1]).flatten()
+    change = (gradient * scale).flatten(1)
+    total.addmm_(change.mT, full(weight)).addcmul_(flat, along[:, None])
+    return torch.mm(change, flat).to(weight.dtype)
 
 
 class PlainResidual(nn.Module):
@@ -136,20 +92,71 @@ class HyperConnection(nn.Module):
         self.gates = nn.Parameter(torch.empty(3))
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Collapsed input [B, S, M], streams, (mixing [source, destination, B, S], post [destination, B, S]), fp32."""
-        count, eps = self.options.num_streams, self.options.eps
-        sizes = [count, count, count * count]
-        projected, streams = stream_projection(streams, self.projection, self.norm_eps)
-        gate = torch.cat([gate.expand(size) for gate, size in zip(self.gates, sizes, strict=True)])
-        logits = projected * gate[:, None, None] + self.static_bias[:, None, None]
-        pre, post, mixing = logits.split(sizes)
-        pre, post = torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post)
-        mixing = sinkhorn(mixing.unflatten(0, (count, count)), self.options.sinkhorn_iterations, eps)
-        return *collapse(streams, pre), (mixing, post)
+        """Collapsed input [B, S, M], streams, (mixing [source, destination, B, S], post [destination, B, S]), fp32.
+
+        Whoever uses the streams further takes the ones returned, so that all their gradients are summed in one place.
+        """
+        numbers = (self.options.sinkhorn_iterations, self.options.eps, self.norm_eps)
+        with full_precision(streams.device.type):
+            collapsed, streams, *coefficients = _Site.apply(
+                streams, self.projection, self.gates, self.static_bias, *numbers
+            )
+        return collapsed, streams, tuple(coefficients)
 
     def merge(self, streams: Tensor, output: Tensor, coefficients: tuple[Tensor, Tensor]) -> Tensor:
         """As `merge_streams`."""
         return merge_streams(streams, output, *coefficients)
+
+
+class _Site(torch.autograd.Function):
+    """What a site computes of its streams before the sub-layer, as one function: its backward passes over the streams'
+    gradient once and in place. pre = sigmoid(.) + eps, post = 2 sigmoid(.), mixing = sinkhorn(.)."""
+
+    @staticmethod
+    def forward(ctx, streams: Tensor, weight: Tensor, gates: Tensor, bias: Tensor, iterations: int, *epsilons: float):
+        eps, norm_eps = epsilons
+        count = streams.shape[2]
+        projected, scale = _project(streams, weight, norm_eps)
+        logits = projected * _by_row(full(gates), count) + full(bias)[:, None, None]
+        pre, post, mixing = logits.split([count, count, count * count])
+        pre, post = torch.sigmoid(pre), 2 * torch.sigmoid(post)
+        mixing, *state = sinkhorn(mixing.unflatten(0, (count, count)), iterations, eps)
+        read = _token_first(pre + eps, streams)[:, None]  # [T, 1, C]
+        ctx.save_for_backward(streams, weight, gates, projected, scale, pre, post, read, *state)
+        ctx.eps = eps
+        return torch.bmm(read, streams.flatten(0, 1)).view(*streams.shape[:2], -1), streams.view_as(streams), mixing, post
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor, streams_gradient: Tensor, mixing_gradient: Tensor, post_gradient: Tensor):
+        streams, weight, gates, projected, scale, pre, post, read, *state = ctx.saved_tensors
+        count, gradient = streams.shape[2], gradient.flatten(0, 1)[:, None]
+        pre_gradient = torch.bmm(gradient, streams.flatten(0, 1).mT)[:, 0].mT.view_as(pre)
+        logits_gradient = torch.cat(
+            [
+                full(pre_gradient) * pre * (1 - pre),
+                post_gradient * post * (1 - post / 2),
+                sinkhorn_backward(mixing_gradient, ctx.eps, *state).flatten(0, 1),
+            ]
+        )
+        parts = (logits_gradient * projected).sum((1, 2)).split([count, count, count * count])
+        gates_gradient = torch.stack([part.sum() for part in parts])
+        projected_gradient = logits_gradient * _by_row(full(gates), count)
+        total = full(torch.baddbmm(streams_gradient.flatten(0, 1), read.mT, gradient))
+        weight_gradient = _add_projection_gradient(total, projected_gradient, streams, weight, projected, scale)
+        bias_gradient = logits_gradient.sum((1, 2))
+        results = (gates_gradient.to(gates.dtype), bias_gradient.to(gates.dtype), None, None, None)
+        return total.view_as(streams).to(streams.dtype), weight_gradient, *results
+
+
+def _by_row(gates: Tensor, count: int) -> Tensor:
+    """The gates of pre, post and mixing [3], one for each row of the projection: [R, 1, 1]."""
+    return torch.cat([gate.expand(size) for gate, size in zip(gates, (count, count, count * count))])[:, None, None]
+
+
+def _token_first(x: Tensor, like: Tensor) -> Tensor:
+    """[C, B, S] as [T, C], contiguous, or products would copy matrix by matrix."""
+    return x.movedim(0, -1).flatten(0, 1).to(like.dtype).contiguous()
 
 
 class UnconstrainedHyperConnection(nn.Module):
@@ -194,7 +201,7 @@ def merge_streams(streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor)
     """
     # Contiguous, or bmm copies matrix by matrix
     mixing = mixing.permute(2, 3, 1, 0).flatten(0, 1).contiguous().to(streams.dtype)
-    post = post.movedim(0, -1).flatten(0, 1)[:, :, None].contiguous().to(streams.dtype)
+    post = _token_first(post, streams)[:, :, None]
     return _Merge.apply(streams, output.to(streams.dtype), mixing, post)
 
 
@@ -222,8 +229,7 @@ class _Merge(torch.autograd.Function):
 
 def collapse(streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """sum_i pre_i x_i: [B, S, C, M], [C, B, S] -> [B, S, M]; and the streams, as `stream_projection` returns them."""
-    pre = pre.movedim(0, -1).flatten(0, 1)[:, None].contiguous().to(streams.dtype)
-    return _Collapse.apply(streams, pre)
+    return _Collapse.apply(streams, _token_first(pre, streams)[:, None])
 
 
 class _Collapse(torch.autograd.Function):

@@ -209,14 +209,19 @@ def _chunks(inputs: Inputs, layout: Layout) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + chunk, length)
 
 
+def _computed(tensors: list[Tensor | None]) -> Inputs:
+    """The inputs as they are multiplied: on the CPU, whose small bf16 products are slow, in full precision."""
+    return Inputs(*(x if x is None or x.device.type != "cpu" else full(x) for x in tensors))
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, layout = arguments
-        inputs = Inputs(*tensors)
+        inputs = _computed(tensors)
         query, sink = inputs.query, inputs.sink
         batch, length, heads, _ = query.shape
-        output = query.new_empty(batch, length, heads, layout.width)
+        output = tensors[0].new_empty(batch, length, heads, layout.width)
         normaliser = full(query.new_empty(batch, length, heads))  # log-sum-exp, sink included
         measures = normaliser.new_zeros(4)
         selected = None
@@ -235,7 +240,7 @@ class _Attend(torch.autograd.Function):
             output[:, begin:stop] = sum(values.mul_(torch.exp(own - joint)[..., None]) for values, own in softmaxes)
             if layout.learns and chunk.num_entries:
                 measures += chunk.measures(parts[-1], joint)
-        ctx.save_for_backward(*inputs, output, normaliser, selected)
+        ctx.save_for_backward(*tensors, output, normaliser, selected)
         ctx.layout = layout
         results = (output, *measures)
         ctx.mark_non_differentiable(*results[2:])
@@ -245,7 +250,7 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, output_gradient, kl_gradient, *_):
         *tensors, output, normaliser, selected = ctx.saved_tensors
-        inputs, layout = Inputs(*tensors), ctx.layout
+        inputs, layout = _computed(tensors), ctx.layout
         # fp32 sums: many chunks add to the same key
         gradients = [None if tensor is None else full(torch.zeros_like(tensor)) for tensor in inputs]
         main = any(ctx.needs_input_grad[:6])  # or the indexer alone is trained
@@ -264,4 +269,4 @@ class _Attend(torch.autograd.Function):
             if layout.learns and chunk.num_entries:
                 probabilities = parts[-1].entry_probabilities(normaliser[:, begin:stop])
                 chunk.add_kl_gradients(gradients[6:], probabilities, kl_gradient)
-        return *(None if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)), None
+        return *(None if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True)), None

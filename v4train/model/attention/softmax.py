@@ -30,6 +30,7 @@ class Term:
     mask: Tensor | None  # [B, 1, Q, n] added to the logits, -inf where unseen
     scale: float  # of the logits
     unseeing: Tensor | None = None  # [B, 1, Q] bool, queries that see no key here, where there may be some
+    kept: tuple[Tensor, Tensor] | None = None  # from plain products: exp(logits - x) and x [B, H, Q]
 
     @property
     def fused(self) -> bool:
@@ -47,7 +48,7 @@ class Term:
         """
         arguments = (self, gradient, output, normaliser)
         query, keys, values = (_fused_backward if self.fused else plain_backward)(*arguments)
-        if self.values is None:
+        if self.values is None and values is not None:
             keys[..., : self.width] += values
             values = None
         return query, keys, values
@@ -57,6 +58,13 @@ class Term:
         products = torch.matmul(_by_group(self.query * self.scale, self.keys), self.keys.mT)
         logits = full(products).view(*self.query.shape[:3], -1)
         return logits if self.mask is None else logits + self.mask
+
+    def weights(self, normaliser: Tensor) -> Tensor:
+        """exp(logits - normaliser) [B, H, Q, n], from what a softmax or its backward has left behind, if it has."""
+        if self.kept is None:
+            return self.logits().sub_(normaliser[..., None]).exp_()
+        weights, reference = self.kept
+        return weights * torch.exp(reference - normaliser)[..., None]
 
     def own_values(self) -> Tensor:
         return self.keys[..., : self.width] if self.values is None else self.values
@@ -74,15 +82,19 @@ def plain_softmax(term: Term) -> tuple[Tensor, Tensor]:
     logits, values = term.logits(), term.own_values()
     top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     weights = (logits - top).exp_()
+    term.kept = weights, top[..., 0]
     total = weights.sum(-1, keepdim=True)
     output = full(torch.matmul(_by_group(weights.to(values.dtype), values), values)).view(*weights.shape[:3], -1)
     return output / total.clamp(min=torch.finfo(total.dtype).tiny), (top + total.log())[..., 0]
 
 
-def plain_backward(term: Term, gradient: Tensor, output: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`Term.backward` by plain products; keys and values apart."""
+def plain_backward(
+    term: Term, gradient: Tensor, output: Tensor, normaliser: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`Term.backward` by plain products; values' gradient is None where the keys' holds it."""
     keys, values, shape = term.keys, term.own_values(), term.query.shape
     weights = (term.logits() - normaliser[..., None]).exp_()
+    term.kept = weights, normaliser
     gradient = full(gradient)
     correction = (gradient * full(output)).sum(-1, keepdim=True)  # sum over keys of weight * its gradient
     gradient = _by_group(gradient.to(values.dtype), values)
@@ -90,8 +102,11 @@ def plain_backward(term: Term, gradient: Tensor, output: Tensor, normaliser: Ten
     change = ((change - correction) * weights).mul_(term.scale)
     change, weights = (_by_group(x.to(keys.dtype), keys) for x in (change, weights))
     query_gradient = torch.matmul(change, keys).view(shape)
-    key_gradient = torch.matmul(change.mT, _by_group(term.query, keys).to(keys.dtype))
-    return query_gradient, key_gradient, torch.matmul(weights.mT, gradient)
+    query = _by_group(term.query, keys).to(keys.dtype)
+    if term.values is None and term.width == keys.shape[-1]:  # one product with twice the rows is the faster one
+        together = torch.cat([change, weights], dim=2).mT
+        return query_gradient, torch.matmul(together, torch.cat([query, gradient], dim=2)), None
+    return query_gradient, torch.matmul(change.mT, query), torch.matmul(weights.mT, gradient)
 
 
 def _fused_softmax(term: Term) -> tuple[Tensor, Tensor]:

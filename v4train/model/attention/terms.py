@@ -187,7 +187,7 @@ class InReach(_OneProduct):
 
     def entry_probabilities(self, normaliser: Tensor) -> Tensor:
         """Weights of the entries [B, Q, n], summed over heads, in a softmax with normaliser [B, Q, H]."""
-        return self.term.logits().sub_(self.arrange(normaliser)[..., None]).exp_().sum(1)
+        return self.term.weights(self.arrange(normaliser)).sum(1)
 
 
 class Window:
@@ -279,7 +279,7 @@ class Gathered:
 
     def entry_probabilities(self, normaliser: Tensor) -> Tensor:
         """Weights of the chosen entries [B, Q, K], summed over heads, in a softmax with normaliser [B, Q, H]."""
-        return self.restore(self.term.logits().sub_(self.arrange(normaliser)[..., None]).exp_()).sum(2)
+        return self.restore(self.term.weights(self.arrange(normaliser))).sum(2)
 
     def add(self, gradients: list[Tensor | None], keys: Tensor, values: Tensor | None) -> None:
         add_rows(gradients[1][:, 0], self.chosen, keys)
