@@ -2,16 +2,19 @@
 
     python tools/benchmark.py
     python tools/benchmark.py --against transformers --shapes 4x512 1x2048 1x4096 --dtypes fp32 bf16 --plot speed.png
-    python tools/benchmark.py --shapes 1x4096 1x32768 --decode 1024 65536 model=flash_small
+    python tools/benchmark.py --shapes 1x4096 1x32768 --decode 1024 65536
+    python tools/benchmark.py --models flash_small dense_small train.recompute=block compile=true
 
 Anything that is not an option is an override of conf/, as in launch/pretrain.py. Each measurement is a process of its
 own, so that its peak memory is its own; both implementations have the same weights, tokens, optimizer (AdamW) and
-allocator, and take turns. A training step is forward, backward and update; decoding is one row, token by token, after a
-real prefill. `mfu` is a share of the matrix product rate of its dtype, measured in the same run, FLOPs being those of
-`v4train.analysis.flops`. `growth` is the exponent e of time ~ tokens^e over the single-row shapes.
+allocator settings, and take turns. A training step is forward, backward and update; decoding is one row, token by
+token, after a real prefill. `mfu` is a share of the matrix product rate of its dtype, measured in the same run, FLOPs
+being those of `v4train.analysis.flops`. `growth` compares the longest single row with the shortest: `exponent` is e of
+time ~ tokens^e, `per_token` the ratio of times per token.
 """
 
 import argparse
+import itertools
 import json
 import math
 import resource
@@ -28,54 +31,27 @@ import torch
 from v4train.analysis.flops import training_flops_per_token
 from v4train.config import load
 from v4train.errors import ConfigError
-from v4train.model import Transformer, build_model, model_config
+from v4train.model import ModelConfig, Transformer, build_model, model_config
+from v4train.train.allocator import keep_freed_memory
 
 OURS, PEERS = "v4train", ("transformers",)
 PREFILL, DECODED = 4096, 64  # tokens at a time; tokens timed after the first ones
-WARM_UP = 1  # steps before those that count
+WARM_UP = 2  # steps before those that count
+PEAK_SECONDS = 0.2  # that a matrix product takes at most when its rate is measured
 
 
 def main(arguments: list[str]) -> int:
     options, overrides = parser().parse_known_intermixed_args(arguments)
-    overrides = overrides or ["model=benchmark"]
     try:
         if options.measure:
             print(json.dumps(measure(json.loads(options.measure), overrides)))
             return 0
-        config = model_config(load(overrides).model)
         shapes = [parsed_shape(text) for text in options.shapes]
+        models = {name: model_config(load([f"model={name}", *overrides]).model) for name in options.models}
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    peaks = {dtype: matmul_peak(dtype) for dtype in ("fp32", "bf16")}
-    result: dict[str, Any] = {
-        "model": config.name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "matmul_gflops": {dtype: round(peak / 1e9, 1) for dtype, peak in peaks.items()},
-    }
-    implementations = [OURS, *([options.against] if options.against else [])]
-    result["training"] = [
-        row
-        for dtype in options.dtypes
-        for batch, length in shapes
-        for row in take_turns(
-            implementations,
-            {"kind": "training", "batch": batch, "length": length, "dtype": dtype, "rounds": options.rounds},
-            overrides,
-        )
-    ]
-    for row in result["training"]:
-        flops = training_flops_per_token(config, row["length"]) * row["tokens_per_second"]
-        row["mfu"] = round(flops / peaks[row["dtype"]], 4)
-    result["decode"] = [
-        row
-        for dtype in options.dtypes
-        for context in options.decode
-        for row in take_turns([OURS], {"kind": "decode", "context": context, "dtype": dtype}, overrides)
-    ]
-    result["ratios"] = ratios(result["training"], options.against)
-    result["growth"] = growth(result["training"])
+    result = benchmark(options, overrides, shapes, models)
     text = json.dumps(result, indent=1)
     print(text)
     if options.out:
@@ -85,11 +61,41 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def benchmark(
+    options: argparse.Namespace, overrides: list[str], shapes: list[tuple[int, int]], models: dict[str, ModelConfig]
+) -> dict[str, Any]:
+    """All measurements, one process after another."""
+    peaks = {dtype: matmul_peak(dtype) for dtype in options.dtypes}
+    implementations = [OURS, *([options.against] if options.against else [])]
+    training, decode = [], []
+    for model, dtype in itertools.product(models, options.dtypes):
+        case = {"model": model, "dtype": dtype, "rounds": options.rounds}
+        for batch, length in shapes:
+            of = case | {"kind": "training", "batch": batch, "length": length}
+            training += take_turns(implementations, of, overrides)
+        for context in options.decode:
+            decode += take_turns([OURS], case | {"kind": "decode", "context": context}, overrides)
+    for row in training:
+        flops = training_flops_per_token(models[row["model"]], row["length"]) * row["tokens_per_second"]
+        row["mfu"] = round(flops / peaks[row["dtype"]], 4)
+    return {
+        "overrides": overrides,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "matmul_gflops": {dtype: round(peak / 1e9, 1) for dtype, peak in peaks.items()},
+        "training": training,
+        "decode": decode,
+        "ratios": ratios(training, options.against),
+        "growth": growth(training, "length") + growth(decode, "context"),
+    }
+
+
 def parser() -> argparse.ArgumentParser:
     summary, _, rest = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--models", nargs="+", default=["benchmark"], help="of conf/model/")
     parser.add_argument("--shapes", nargs="+", default=["4x512", "1x2048", "1x4096"], help="rows x tokens of a step")
     parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
     parser.add_argument("--decode", nargs="*", default=[], type=int, help="cached tokens to decode after")
@@ -124,7 +130,8 @@ def take_turns(implementations: list[str], case: dict[str, Any], overrides: list
 
 def measure(case: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """What one process is for."""
-    model = build_model(load(overrides).model)
+    keep_freed_memory()
+    model = build_model(load([f"model={case['model']}", *overrides]).model)
     figures = training(model, **case) if case["kind"] == "training" else decoding(model, **case)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return figures | {"peak_memory_gib": round(peak * (1 if sys.platform == "darwin" else 1024) / 2**30, 3)}
@@ -135,8 +142,8 @@ def training(
 ) -> dict[str, Any]:
     tokens = torch.randint(model.config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    model.train()
-    loss_of, parameters = (own_loss if implementation == OURS else peer_loss)(model)
+    loss_of, parameters = (own_loss if implementation == OURS else peer_loss)(model.train())
+    del model  # the peer has copies of the weights
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def step() -> None:
@@ -198,38 +205,46 @@ def timed(step: Callable[[], Any], rounds: int) -> list[float]:
 
 
 def matmul_peak(dtype: str) -> float:
-    """FLOP/s of a large matrix product, the best of several."""
-    size = 2048
-    matrix = torch.ones(size, size, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
-    return 2 * size**3 / min(timed(lambda: matrix @ matrix, 8))
+    """FLOP/s of a large matrix product, the best of several; a smaller one where the machine is slow in this dtype."""
+    size, best = 256, 0.0
+    while True:
+        matrix = torch.ones(size, size, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+        seconds = min(timed(lambda matrix=matrix: matrix @ matrix, 5))
+        best = max(best, 2 * size**3 / seconds)
+        if size == 2048 or 8 * seconds > PEAK_SECONDS:
+            return best
+        size *= 2
 
 
 def ratios(rows: list[dict[str, Any]], against: str | None) -> list[dict[str, Any]]:
     """Speed over the peer's, and memory as a share of its."""
-    found = {(row["implementation"], row["dtype"], row["batch"], row["length"]): row for row in rows}
-    return [
-        {
-            "dtype": dtype,
-            "shape": f"{batch}x{length}",
-            "speed": round(row["tokens_per_second"] / found[against, dtype, batch, length]["tokens_per_second"], 2),
-            "memory": round(row["peak_memory_gib"] / found[against, dtype, batch, length]["peak_memory_gib"], 3),
-        }
-        for (implementation, dtype, batch, length), row in found.items()
-        if against and implementation == OURS
-    ]
-
-
-def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Exponent between the shortest and the longest single row, for each implementation and dtype."""
+    keys = ("model", "dtype", "batch", "length")
+    peers = {tuple(row[key] for key in keys): row for row in rows if row["implementation"] == against}
     results = []
-    for implementation, dtype in dict.fromkeys((row["implementation"], row["dtype"]) for row in rows):
-        of = [row for row in rows if (row["implementation"], row["dtype"], row["batch"]) == (implementation, dtype, 1)]
-        first, last = (pick(of, key=lambda row: row["length"], default=None) for pick in (min, max))
-        if of and first["length"] < last["length"]:
-            exponent = math.log(last["seconds"] / first["seconds"]) / math.log(last["length"] / first["length"])
-            lengths = [first["length"], last["length"]]
-            own = {"implementation": implementation, "dtype": dtype}
-            results.append(own | {"of": lengths, "exponent": round(exponent, 3)})
+    for row in rows:
+        if against and row["implementation"] == OURS:
+            peer = peers[tuple(row[key] for key in keys)]
+            shape = {"model": row["model"], "dtype": row["dtype"], "shape": f"{row['batch']}x{row['length']}"}
+            speed = row["tokens_per_second"] / peer["tokens_per_second"]
+            memory = row["peak_memory_gib"] / peer["peak_memory_gib"]
+            results.append(shape | {"speed": round(speed, 2), "memory": round(memory, 3)})
+    return results
+
+
+def growth(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+    """Time over `by`, from the shortest to the longest single row, for each implementation, model and dtype."""
+    keys, results = ("kind", "implementation", "model", "dtype"), []
+    for own in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        of = [row for row in rows if tuple(row[key] for key in keys) == own and row.get("batch", 1) == 1]
+        first, last = (pick(of, key=lambda row: row[by], default=None) for pick in (min, max))
+        if not of or first[by] == last[by]:
+            continue
+        times, lengths = last["seconds"] / first["seconds"], last[by] / first[by]
+        figures = {"exponent": round(math.log(times) / math.log(lengths), 3)}
+        per_token = times / lengths if by == "length" else times  # decoding is timed by the token
+        results.append(
+            dict(zip(keys, own, strict=True)) | {by: [first[by], last[by]], **figures, "per_token": round(per_token, 3)}
+        )
     return results
 
 
@@ -240,11 +255,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     speed, memory = figure.subplots(1, 2)
     rows = result["training"]
-    for implementation, dtype in dict.fromkeys((row["implementation"], row["dtype"]) for row in rows):
-        of = [row for row in rows if (row["implementation"], row["dtype"]) == (implementation, dtype)]
+    keys = ("implementation", "model", "dtype")
+    for own in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        of = [row for row in rows if tuple(row[key] for key in keys) == own]
         of.sort(key=lambda row: row["length"])
         for axes, key in ((speed, "tokens_per_second"), (memory, "peak_memory_gib")):
-            axes.plot([row["length"] for row in of], [row[key] for row in of], "o-", label=f"{implementation} {dtype}")
+            axes.plot([row["length"] for row in of], [row[key] for row in of], "o-", label=" ".join(own))
     for axes, label in ((speed, "training tokens/s"), (memory, "peak memory (GiB)")):
         axes.set(xscale="log", yscale="log", xlabel="tokens in a row", ylabel=label)
         axes.legend()

@@ -29,7 +29,8 @@ def first_losses(name: str) -> list[dict[str, float]]:
     for _ in range(STEPS):
         tokens = (torch.rand(ids.shape, generator=generator) ** 6 * model.config.vocab_size).long()
         output = model(tokens, ids, shifted(tokens, ids))
-        history.append({"loss": output.loss.item(), **{name: x.item() for name, x in sorted(output.losses.items())}})
+        losses = {name: x.item() for name, x in sorted(output.losses.items()) if name.endswith(("loss", "kl"))}
+        history.append({"loss": output.loss.item(), **losses})
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()

@@ -13,14 +13,13 @@ from torch.nn import functional as F
 
 from v4train.model.linear import StackedLinear
 
-
 OAI_SLOPE = 1.702  # of the sigmoid in gpt-oss's SwiGLU
 
 
 class Activation(NamedTuple):
     """g sigmoid(slope g) (u + shift) with g = min(gate, limit), u = clamp(up, -limit, limit); no clamp for None.
 
-    Slope 1 and shift 0 are silu(g) u (V4 report section 4.2.3); gpt-oss has 1.702 and 1 (its model card, released code).
+    Slope 1 and shift 0 are silu(g) u (V4 report section 4.2.3); gpt-oss has 1.702 and 1 (model card, released code).
     """
 
     slope: float
@@ -41,7 +40,8 @@ class Activation(NamedTuple):
         change = (up + self.shift if self.shift else up) * gradient
         torch.ops.aten.silu_backward.grad_input(change, self._sloped(gate), grad_input=gate_gradient)
         if self.limit is not None:
-            for part, inputs, low in zip((gate_gradient, up_gradient), gate_up.chunk(2, -1), (-math.inf, -self.limit)):
+            parts, lows = (gate_gradient, up_gradient), (-math.inf, -self.limit)
+            for part, inputs, low in zip(parts, gate_up.chunk(2, dim=-1), lows, strict=True):
                 torch.ops.aten.hardtanh_backward.grad_input(part, inputs, low, self.limit, grad_input=part)
         return result
 

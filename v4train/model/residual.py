@@ -124,7 +124,12 @@ class _Site(torch.autograd.Function):
         read = _token_first(pre + eps, streams)[:, None]  # [T, 1, C]
         ctx.save_for_backward(streams, weight, gates, projected, scale, pre, post, read, *state)
         ctx.eps = eps
-        return torch.bmm(read, streams.flatten(0, 1)).view(*streams.shape[:2], -1), streams.view_as(streams), mixing, post
+        return (
+            torch.bmm(read, streams.flatten(0, 1)).view(*streams.shape[:2], -1),
+            streams.view_as(streams),
+            mixing,
+            post,
+        )
 
     @staticmethod
     @once_differentiable
@@ -151,7 +156,8 @@ class _Site(torch.autograd.Function):
 
 def _by_row(gates: Tensor, count: int) -> Tensor:
     """The gates of pre, post and mixing [3], one for each row of the projection: [R, 1, 1]."""
-    return torch.cat([gate.expand(size) for gate, size in zip(gates, (count, count, count * count))])[:, None, None]
+    sizes = (count, count, count * count)
+    return torch.cat([gate.expand(size) for gate, size in zip(gates, sizes, strict=True)])[:, None, None]
 
 
 def _token_first(x: Tensor, like: Tensor) -> Tensor:

@@ -7,8 +7,9 @@
 
 Each arranges the chunk's [B, Q, H, ...] as its own product wants it, and adds gradients of its keys to the whole.
 
-Shapes: B batch, S queries, Q queries of a chunk, H heads, G key-value heads (R = H / G heads share one), D head width, E
-value width, T tokens that keys exist for, N entries, n keys of a term, K selected entries, b queries of a block.
+Shapes: B batch, S queries, Q queries of a chunk, H heads, G key-value heads (R = H / G heads share one), D head
+width, E value width, T tokens that keys exist for, N entries, n keys of a term, K selected entries, b queries of a
+block.
 """
 
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ class _OneProduct:
     def __init__(
         self, layout: Layout, query: Tensor, keys: Tensor, values: Tensor | None, at: slice, mask: Tensor, slot: int
     ):
-        """query: [B, Q, H, D]; keys, values: all of them, read at `at`, under mask [B, Q, n]; slot: of the gradients."""
+        """query: [B, Q, H, D]; keys, values: all of them, read at `at`, under mask [B, Q, n]; slot: of gradients."""
         self.at, self.slot = at, slot
         values = None if values is None else values[:, :, at]
         mask = _additive(mask, query)[:, None]
@@ -240,7 +241,7 @@ class Window:
         return x.as_strided(shape, (length * width, self.block * width, width, 1))
 
     def _mask(self, layout: Layout, begin: int, stop: int, first: int, like: Tensor) -> Tensor:
-        """Added to the logits: [B G or 1, blocks or 1, b R, n]. Queries beyond the chunk see their window of anything."""
+        """Added to the logits: [B G or 1, blocks or 1, b R, n]. Queries beyond the chunk see a window of anything."""
         device, span = layout.starts.device, self.back * self.block
         query, key = torch.arange(self.block, device=device), torch.arange(span + self.block, device=device)
         near = in_window(query[:, None] + span - key, layout.window, 1)
