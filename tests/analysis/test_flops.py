@@ -163,11 +163,10 @@ def test_one_decoded_token(name, context):
 
 
 def unparametrised(config, tokens):
-    """FLOPs of `tokens` that the formulas leave out: experts by their gates, streams by their coefficients."""
+    """FLOPs of `tokens` that the formulas leave out: streams by their coefficients."""
     layers, heads = config.num_layers + config.mtp.num_layers, 1 + config.mtp.num_layers
     hidden, streams = config.hidden_size, config.num_streams
-    ffns = config.ffn_kinds + [config.mtp_ffn] * config.mtp.num_layers
-    mixed = ffns.count("moe") * config.moe.top_k * hidden
+    mixed = 0
     if config.residual.kind != "plain":  # collapse, then streams and output into streams, at two sites a layer
         mixed += 2 * layers * hidden * (streams + streams * (streams + 1))
     if config.residual.kind == "mhc":

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from v4train.model.config import ModelConfig
 from v4train.model.ffn import ACTIVATIONS, Activation
+from v4train.model.precision import full
 
 
 class Groups(NamedTuple):
@@ -150,6 +151,6 @@ class Experts(nn.Module):
             gate_up = gate_up + self.gate_up_bias.flatten(1)[chosen.flatten()[groups.order]]
         output = _CombinedLinear.apply(gate_up, self.down, weights, groups, self.activation)
         if self.down_bias is not None:
-            by_expert = torch.zeros_like(weights[:, :1]).expand(-1, self.down.shape[0]).scatter_add(1, chosen, weights)
-            output = output + torch.matmul(by_expert.to(output.dtype), self.down_bias.to(output.dtype))
+            bias = F.embedding_bag(chosen, full(self.down_bias), mode="sum", per_sample_weights=full(weights))
+            output = output + bias.to(output.dtype)
         return output
