@@ -1,4 +1,4 @@
-"""Frozen groups: not a bit of weight or optimizer state changes, in every ZeRO stage, and the others train as they should.
+"""Frozen groups: not a bit of weight or optimizer state changes, in every ZeRO stage; the others train as they should.
 
 The phases are those of an indexer: unused, then trained alone, then with all the rest; without gradients and with.
 """

@@ -71,8 +71,8 @@ def is_muon_parameter(name: str, parameter: nn.Parameter) -> bool:
 def param_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
     """Split the model's parameters: one group for each optimizer, set of stacked rows, and indexer or not.
 
-    Raises ValueError for a parameter without gradient (freeze groups with `Engine.freeze` instead: a state that exists
-    on every parameter is what makes phases and checkpoints simple) and for `independent_rows` that do not fit the shape.
+    Raises ValueError for a parameter without gradient (freeze groups with `Engine.freeze`: a state that exists on every
+    parameter is what makes phases and checkpoints simple) and for `independent_rows` that do not fit the shape.
     """
     groups: dict[str, ParameterGroup] = {}
     for name, parameter in model.named_parameters():
