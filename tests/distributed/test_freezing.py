@@ -16,8 +16,7 @@ pytestmark = pytest.mark.distributed
 
 CLIP = 0.05
 DROPPED = 1  # a step with an infinite gradient, just before other groups are frozen
-# Muon's first update of the indexer amplifies the rounding of a gradient of low rank (DESIGN 7).
-WEIGHT_TOLERANCE = {"adamw": 2e-5, "muon": 1e-4}
+LOSS_TOLERANCE = {"adamw": 1e-5, "muon": 1e-4}
 ALL = pytest.mark.exhaustive
 LAUNCHES = [(2, 1), *(pytest.param((world, 2), marks=ALL) for world in (1, 2)), pytest.param((3, 1), marks=ALL)]
 EACH_STAGE = [(stage, name) for stage in (0, 1, 2, 3) for name in ("adamw", "muon")]
@@ -60,14 +59,14 @@ def test_training_in_phases_equals_plain_pytorch(ranks, stage, name):
     indexer_steps = sum(frozen != "indexer" and step != DROPPED for step, (frozen, _) in enumerate(PHASES))
     for rank in ranks:
         result = rank[stage, name]
-        for figure, limits in (("losses", {"abs": 1e-4, "rel": 0}), ("norms", {"rel": 1e-3})):
+        for figure, limits in (("losses", {"abs": LOSS_TOLERANCE[name], "rel": 0}), ("norms", {"rel": 1e-5})):
             finite = [(x, y) for step, (x, y) in enumerate(zip(result[figure], expected[figure], strict=True))
                       if step != DROPPED]  # fmt: skip
             ours, theirs = zip(*finite, strict=True)
             assert ours == pytest.approx(theirs, **limits), figure
         for parameter, weight in expected["weights"].items():
             ours = result["state"][parameter]["weight"]
-            torch.testing.assert_close(ours, weight, atol=WEIGHT_TOLERANCE[name], rtol=0)
+            torch.testing.assert_close(ours, weight, atol=2e-5, rtol=0)
         if name == "adamw":
             assert result["state"]["indexer.weight"]["step"] == indexer_steps == 5
             assert result["state"]["embed.weight"]["step"] == STEPS - 1 - 3
