@@ -20,6 +20,12 @@ BAD = [
     (["train.max_steps=abc"], "train.max_steps", ["abc"]),
     (["train.max_steps=0"], "train.max_steps", ["at least 1"]),
     (["train.max_steps=null"], "train.max_steps", ["train.max_tokens"]),
+    (["train.attention_mode=full"], "train.attention_mode", ["dense, indexer_warmup, sparse"]),
+    (
+        ["train.attention_mode=indexer_warmup", "model.attention_mix=swa*5 hca"],
+        "train.attention_mode",
+        ["no layer of swa swa swa swa swa hca", "csa or dsa"],
+    ),
     (["train.log_every=0"], "train.log_every", ["at least 1"]),
     (["train.validate_every=-1"], "train.validate_every", ["negative"]),
     (["train.global_batch_size=3", "train.micro_batch_size=2"], "train.global_batch_size", ["multiple", "2"]),

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from v4train.data import DataConfig, TokenizerConfig, check_data
 from v4train.errors import ConfigError
 from v4train.model import ModelConfig, model_config
+from v4train.model.rules import ATTENTION_MODES
 from v4train.optim.param_groups import OptimizerConfig
 from v4train.optim.schedules import ScheduleConfig
 from v4train.parallel.topology import ParallelismConfig, Topology, make_topology
@@ -59,6 +60,7 @@ class TrainConfig:
     global_batch_size: int
     micro_batch_size: int | None
     sequence_length: int
+    attention_mode: str
     grad_clip: float
     log_every: int
     validate_every: int
@@ -167,6 +169,7 @@ def settings(config: DictConfig) -> Settings:
         resolved=resolved,
     )
     _check_train(made.train, made.topology.data_size)
+    _check_attention_mode(made.train.attention_mode, made.model)
     if made.train.micro_batch_size is None:
         made.train.micro_batch_size = made.train.global_batch_size // made.topology.data_size
     if made.tokenizer.vocab_size > made.model.vocab_size:
@@ -217,6 +220,14 @@ def _check_train(train: TrainConfig, data_size: int) -> None:
         rule = f"it must be a multiple of train.micro_batch_size={micro} x {data_size} data ranks"
         fitting = max(1, round(train.global_batch_size / (micro * data_size))) * micro * data_size
         refuse("global_batch_size", rule, f"for example {fitting}")
+
+
+def _check_attention_mode(mode: str, model: ModelConfig) -> None:
+    if mode not in ATTENTION_MODES:
+        raise ConfigError("train.attention_mode", mode, "unknown mode", f"use one of {', '.join(ATTENTION_MODES)}")
+    if mode == "indexer_warmup" and not model.indexed_kinds:
+        rule = f"no layer of {' '.join(model.layer_kinds)} has a lightning indexer, so nothing would learn"
+        raise ConfigError("train.attention_mode", mode, rule, "use dense, or a csa or dsa layer in model.attention_mix")
 
 
 def explain(error: Exception) -> ConfigError:

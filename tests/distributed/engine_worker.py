@@ -18,6 +18,21 @@ from v4train.optim.param_groups import OptimizerConfig, is_muon_parameter
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 29, 16, 8, 12
 STEPS, LEARNING_RATE, GLOBAL_ROWS = 8, 3e-3, 24
+# For each step, what is frozen (the indexer, or the rest) and how the model runs; frozen with and without gradients.
+PHASES = [
+    ("indexer", "dense"),
+    ("indexer", "dense"),
+    ("rest", "warmup"),
+    ("rest", "warmup"),
+    (None, "all"),
+    ("indexer", "all"),
+    ("rest", "all"),
+    (None, "all"),
+]
+
+
+def is_frozen(name: str, frozen: str | None) -> bool:
+    return frozen == ("indexer" if "indexer" in name else "rest")
 
 
 @dataclass
@@ -62,7 +77,8 @@ class Bias(nn.Module):
 
 
 class Toy(nn.Module):
-    """Every kind of parameter that the split knows. `sometimes` takes part only where `used` says so."""
+    """Every kind of parameter that the split knows. `sometimes` takes part only where `used` says so, the indexer not
+    in `dense`; in `warmup` it alone has a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,10 +92,16 @@ class Toy(nn.Module):
         self.hidden = nn.Linear(WIDTH, 7)
         self.lm_head = nn.Linear(7, VOCABULARY, bias=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor, used: bool = True) -> Output:
+    def forward(self, tokens: Tensor, targets: Tensor, used: bool = True, mode: str = "all") -> Output:
+        if mode == "warmup":
+            with torch.no_grad():
+                output = self(tokens, targets, used)
+                seen = self.embed(tokens)
+            own = self.indexer(seen).square().mean()
+            return Output(output.logits, output.loss + own - own.detach())
         x = self.bias(self.embed(tokens))
         x = x + self.experts(x)
-        x = x + torch.tanh(self.indexer(self.fused(x)))
+        x = x + torch.tanh(self.indexer(self.fused(x)) if mode == "all" else self.fused(x))
         if used:
             x = x + self.sometimes(x)
         logits = self.lm_head(torch.tanh(self.hidden(self.norm(x))))
@@ -109,11 +131,12 @@ def train_plainly(
     skip: int | None = None,
     precision: str = "fp32",
     stop: int = STEPS,
+    phases: bool = False,
 ) -> dict:
     """The oracle: one process, plain PyTorch, the whole global batch at once.
 
     used_from: within a step that uses `sometimes`, the half of the batch from which on it does (0: both, 1: only the
-    second). skip: a step that changes nothing.
+    second). skip: a step that changes nothing. phases: run and freeze as PHASES says.
     """
     model, config = make_model(), optimizer_config(name)
     named = dict(model.named_parameters())
@@ -123,15 +146,19 @@ def train_plainly(
     losses, norms = [], []
     for step in range(stop):
         tokens, targets, used = batch(step)
-        halves = zip(tokens.chunk(2), targets.chunk(2), (used and used_from == 0, used), strict=True)
+        frozen, mode = PHASES[step] if phases else (None, "all")
+        halves = zip(tokens.chunk(2), targets.chunk(2), (used and used_from == 0, used), [mode] * 2, strict=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = sum(model(*half).loss for half in halves) / 2
         losses.append(loss.item())
         model.zero_grad()
         loss.backward()
+        trained = {n: p for n, p in named.items() if not is_frozen(n, frozen)}
         for parameter in named.values():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        norms.append(torch.stack([p.grad.double().square().sum() for p in named.values()]).sum().sqrt().item())
+        for parameter in set(named.values()) - set(trained.values()):
+            parameter.grad = None
+        norms.append(torch.stack([p.grad.double().square().sum() for p in trained.values()]).sum().sqrt().item())
         if step == skip:
             continue
         if grad_clip:
@@ -139,6 +166,8 @@ def train_plainly(
         adamw.step()
         with torch.no_grad():
             for n, momentum in muon.items():
+                if n not in trained:
+                    continue
                 rows = getattr(named[n], "independent_rows", None)
                 update = muon_update(
                     named[n].grad, momentum, beta=0.95, update_rms=0.18, steps=(8, 2), independent_rows=rows
@@ -157,7 +186,8 @@ INJECTIONS = {
 def run_job(job: dict, topology: object) -> dict:
     """Train as the job says: stage, accumulation, optimizer; optional: precision, grad_clip, used_from, persistence,
     start and stop (steps), load and save (files, the latter at step `save_at`), inject (a step with bad gradients),
-    injection (a key of INJECTIONS), rates (learning rates by group), misuse (make the calls that must fail).
+    injection (a key of INJECTIONS), rates (learning rates by group), misuse (make the calls that must fail), phases
+    (run and freeze as PHASES says, and keep the state after each step).
     """
     from v4train.parallel import deepspeed_fixes
     from v4train.parallel.engine import Engine
@@ -193,14 +223,17 @@ def run_job(job: dict, topology: object) -> dict:
         if inject:
             result["before"] = dict(engine.named_state())
             hook = INJECTIONS[job["injection"]](model)
-        loss = 0.0
+        loss, mode = 0.0, "all"
+        if job.get("phases"):
+            frozen, mode = PHASES[step]
+            engine.freeze(group.name for group in engine.groups if is_frozen(group.name, frozen))
         tokens, targets, used = batch(step)
         for index in range(accumulation):
             # micro-batch `index` of all ranks together is the index-th part of the global batch
             part = [
                 t.chunk(accumulation)[index].chunk(topology.data_size)[topology.data_rank] for t in (tokens, targets)
             ]
-            output = engine.forward_backward(*part, used and index >= job.get("used_from", 0))
+            output = engine.forward_backward(*part, used and index >= job.get("used_from", 0), mode)
             loss += output.loss.item() / accumulation
         outcome = engine.step(LEARNING_RATE, job.get("rates"))
         if inject:
@@ -211,6 +244,8 @@ def run_job(job: dict, topology: object) -> dict:
         result["losses"].append(mean.item() / topology.world_size)
         result["norms"].append(outcome.grad_norm)
         result["finite"].append(outcome.finite)
+        if job.get("phases"):
+            result.setdefault("states", []).append(dict(engine.named_state()))
     result["validation"] = validate(engine)
     result["state"] = dict(engine.named_state())
     result["muon_calls"] = len(calls)
@@ -226,6 +261,7 @@ def misuse(engine: object, micro_batch: list[Tensor]) -> list[str]:
     calls = (
         lambda: engine.step(LEARNING_RATE),
         lambda: [engine.forward_backward(*micro_batch) for _ in range(9)],
+        lambda: engine.freeze(["adamw"]),
         lambda: engine.step(LEARNING_RATE, {"nonsense": 1.0}),
         lambda: engine.load_named_state(lambda name: {"weight": torch.zeros(VOCABULARY, WIDTH)}),
     )

@@ -231,6 +231,7 @@ def test_plain_python_is_a_quiet_world_of_one(tmp_path):
     assert result["errors"] == [
         "micro-batches of this step are missing: call forward_backward() first",
         "all micro-batches of this step are done: call step() first",
+        "micro-batches of a step are under way: freeze between steps",
         "no parameter group ['nonsense']; there are ['adamw', 'muon', 'muon_rows_4_4_16', 'muon_indexer']",
         "state of embed.weight does not fit: expected {'exp_avg': [29, 16], 'exp_avg_sq': [29, 16], 'step': [], "
         "'weight': [29, 16]}, found {'weight': [29, 16]}",

@@ -104,7 +104,9 @@ def test_what_changes_no_result_may_change(directory):
     start(directory)
     newest = save(directory, 1)
     config = changed(
-        model={"attention": {"window": 4, "query_chunk": 64}}, train={"max_steps": 9}, tokenizer={"cache_dir": "y"}
+        model={"attention": {"window": 4, "query_chunk": 64}},
+        train={"max_steps": 9, "attention_mode": "indexer_warmup"},
+        tokenizer={"cache_dir": "y"},
     )
     assert start(directory, config=config) == newest
 
@@ -113,7 +115,9 @@ def test_a_checkpoint_of_another_run_can_be_the_start(directory, tmp_path):
     other = RunDirectory(tmp_path / "other")
     start(other)
     path = save(other, 1)
-    assert start(directory, resume=str(path)) == path
+    assert directory.find_start(str(path), False, CONFIG) == path
+    newest = save(other, 2)
+    assert start(directory, resume=str(other.path)) == newest
     with pytest.raises(ConfigError, match="checkpoint.resume"):  # once it exists, only `auto` continues it
         start(directory, resume=str(path))
 

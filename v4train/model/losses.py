@@ -3,6 +3,9 @@
 Router balance and indexer KL arise in the middle of the network. Each is attached to the activation that passes by:
 the forward value is unchanged, and backward adds the loss's own gradient, multiplied by `scale`. Nothing between
 there and the main loss (recomputation, a pipeline) needs to know of it.
+
+Where the indexers learn alone (`Losses.indexers_only`) nothing passes by that could carry a gradient: their losses are
+added to the main loss itself.
 """
 
 from collections import defaultdict
@@ -45,6 +48,7 @@ class Losses:
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._shares: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._silent = False
+        self._direct: list[Tensor] | None = None  # a list inside `indexers_only`
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -54,6 +58,35 @@ class Losses:
             yield
         finally:
             self._silent = False
+
+    @contextmanager
+    def indexers_only(self) -> Iterator[None]:
+        """Inside, no gradient is recorded but in `for_indexer`, and `attach` keeps its loss for `with_direct`.
+
+        Activation checkpointing does nothing where gradients are off, so it needs no care: nothing but the indexers'
+        own part is kept for backward, and nothing is recomputed.
+        """
+        self._direct = [] if torch.is_grad_enabled() else None
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._direct = None
+
+    @contextmanager
+    def for_indexer(self) -> Iterator[bool]:
+        """The part of an attention that its indexer learns through; True if it learns alone."""
+        alone = self._direct is not None
+        with torch.set_grad_enabled(alone or torch.is_grad_enabled()):
+            yield alone
+
+    def with_direct(self, loss: Tensor) -> Tensor:
+        """`loss`, which has no gradient inside `indexers_only`, with that of the losses kept; its value stays."""
+        if not self._direct:
+            return loss
+        with torch.enable_grad():
+            total = torch.stack(self._direct).sum()
+            return loss + (total - total.detach())
 
     def mean(self, name: str, total: Tensor, count: Tensor) -> Tensor:
         """`total` over the trainer's denominator for `name`, or over `count` (at least 1)."""
@@ -77,6 +110,9 @@ class Losses:
     def attach(self, activation: Tensor, name: str, value: Tensor, weight: float) -> Tensor:
         """`activation`, whose backward also trains `weight * value`; the unweighted value is recorded."""
         self.record(name, value.detach())
+        if self._direct is not None:  # the engine divides what goes through the main loss: no `scale`
+            self._direct += [weight * value] if value.requires_grad else []
+            return activation.detach()
         return _Attach.apply(activation, weight * value, self.scale)
 
     def collect(self) -> dict[str, Tensor]:

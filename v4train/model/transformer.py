@@ -75,7 +75,8 @@ class Transformer(nn.Module):
 
         Returns:
             `loss` = lm_loss + weight * mtp_loss; its backward trains everything, the attached balance and indexer
-            losses included (in training mode). `losses` are unweighted values for the log.
+            losses included (in training mode). In `indexer_warmup` it trains the indexers alone: the rest of the model
+            runs without gradients. `losses` are unweighted values for the log.
 
         Raises:
             ConfigError: tokens that don't fit the cache. ValueError: targets and a cache.
@@ -92,13 +93,19 @@ class Transformer(nn.Module):
                 state = part(*state)
             self.losses.collect()
             return ModelOutput(self.head.lm_head(self.head.output_norm(state[0]), None), None, {})
+        if self.training and self.attention_mode == "indexer_warmup":
+            with self.losses.indexers_only():
+                return self._objective(state)
+        return self._objective(state)
+
+    def _objective(self, state: tuple[None, Tensor, Tensor, Tensor]) -> ModelOutput:
         for part in self.parts():
             state = part(*state)
         losses = self.losses.collect()
         loss = losses["lm_loss"]
         if self.mtp is not None:
             loss = loss + self.config.mtp.loss_weight * losses["mtp_loss"]
-        return ModelOutput(None, loss, losses)
+        return ModelOutput(None, self.losses.with_direct(loss), losses)
 
     @torch.no_grad()
     def _continue(self, input_ids: Tensor, document_ids: Tensor | None, cache: Cache) -> ModelOutput:
@@ -144,7 +151,8 @@ class Transformer(nn.Module):
 
     @property
     def attention_mode(self) -> str:
-        """`sparse` (default), `dense` (all visible entries, indexer unused) or `indexer_warmup`."""
+        """`sparse` (default), `dense` (all visible entries, indexer unused) or `indexer_warmup` (as dense, while the
+        indexers learn, and in training nothing but them)."""
         modes = [module.mode for module in self.modules() if isinstance(module, INDEXED)]
         return modes[0] if modes else "sparse"
 

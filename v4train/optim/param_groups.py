@@ -71,13 +71,13 @@ def is_muon_parameter(name: str, parameter: nn.Parameter) -> bool:
 def param_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
     """Split the model's parameters: one group for each optimizer, set of stacked rows, and indexer or not.
 
-    Raises ValueError for a parameter without gradient (freeze by a learning rate of 0 instead: a state that exists on
-    every parameter is what makes phases and checkpoints simple) and for `independent_rows` that do not fit the shape.
+    Raises ValueError for a parameter without gradient (freeze groups with `Engine.freeze`: a state that exists on every
+    parameter is what makes phases and checkpoints simple) and for `independent_rows` that do not fit the shape.
     """
     groups: dict[str, ParameterGroup] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            raise ValueError(f"{name} does not require a gradient; freeze it by a learning rate of 0 instead")
+            raise ValueError(f"{name} does not require a gradient; freeze its group with Engine.freeze instead")
         use_muon = config.name == "muon" and is_muon_parameter(name, parameter)
         rows = _independent_rows(name, parameter) if use_muon else None
         indexer = "indexer" in name

@@ -1,7 +1,7 @@
 """DeepSpeed's engine with one behaviour in every ZeRO stage: the same gradient norm, clipping, Muon and state."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from v4train.parallel.topology import ParallelismConfig, Topology
 
 @dataclass(frozen=True)
 class StepResult:
-    """grad_norm: global L2 norm of all raw averaged gradients, before Muon and before clipping.
+    """grad_norm: global L2 norm of all raw averaged gradients, before Muon and before clipping; frozen ones excluded.
 
     finite: False if that norm is inf or NaN; then weights and optimizer state are as before the step.
     """
@@ -79,7 +79,22 @@ class Engine:
         )
         self._gradients = gradients_of(parallelism.zero_stage, self._optimizer, zero)
         self._state = state_access(parallelism.zero_stage, self._optimizer, zero)
-        self._ready = False  # the last micro-batch of a step has been through `forward_backward`
+        self._ready = self._begun = False  # the last, the first micro-batch has been through `forward_backward`
+
+    def freeze(self, groups: Iterable[str]) -> None:
+        """From the next step on, until the next call, leave these groups alone, by `ParameterGroup.name`.
+
+        Neither their weights nor any state of their optimizers changes, and their gradients count in no norm. They may
+        have none. What trains is no matter of `requires_grad`: ZeRO fixes that when it starts. Between steps only
+        (ZeRO 1-2 run Muon within the last backward pass); RuntimeError otherwise.
+        """
+        if self._begun:
+            raise RuntimeError("micro-batches of a step are under way: freeze between steps")
+        frozen = frozenset(groups)
+        self._check_names(frozen)
+        for group in self._optimizer.param_groups:
+            group["frozen"] = group["name"] in frozen
+        self._gradients.freeze(frozen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output without gradients, under the engine's precision; the caller sets `model.eval()`."""
@@ -93,6 +108,7 @@ class Engine:
         """
         if self._ready:
             raise RuntimeError("all micro-batches of this step are done: call step() first")
+        self._begun = True
         loss, output = self._engine(*args, **kwargs)
         self._engine.backward(loss)
         self._ready = self._engine.is_gradient_accumulation_boundary()
@@ -122,15 +138,18 @@ class Engine:
             with self._gradients.discarded():
                 self._engine.step()
         self._gradients.clear()
-        self._ready = False
+        self._ready = self._begun = False
         return StepResult(grad_norm, finite)
 
     def _set_learning_rates(self, learning_rate: float, by_group: Mapping[str, float]) -> None:
-        unknown = set(by_group) - {group.name for group in self.groups}
-        if unknown:
-            raise ValueError(f"no parameter group {sorted(unknown)}; there are {[group.name for group in self.groups]}")
+        self._check_names(by_group)
         for group in self._optimizer.param_groups:
             group["lr"] = by_group.get(group["name"], learning_rate)
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        unknown = set(names) - {group.name for group in self.groups}
+        if unknown:
+            raise ValueError(f"no parameter group {sorted(unknown)}; there are {[group.name for group in self.groups]}")
 
     @torch.no_grad()
     def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -1,7 +1,7 @@
 """Raw averaged gradients between the backward pass and the step, in every ZeRO stage of DeepSpeed 0.19.8.
 
-Each class knows where one kind of engine keeps them. They answer three things: the norms of what AdamW and Muon hold,
-before Muon touches it; scale what AdamW holds; let a step do nothing.
+Each class knows where one kind of engine keeps them. They answer four things: the norms of what AdamW and Muon hold,
+before Muon touches it; scale what AdamW holds; let a step do nothing; leave groups of parameters out of it all.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,6 +14,9 @@ from torch import Tensor
 
 
 class Gradients(Protocol):
+    def freeze(self, groups: frozenset[str]) -> None:
+        """From now on drop the gradients of these optimizer groups, by name, before anything reads them."""
+
     def square_sums(self) -> tuple[float, float]:
         """Sum of the squares of all raw averaged gradients that (AdamW, Muon) holds; the same on every rank."""
 
@@ -43,9 +46,13 @@ class WholeGradients:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._groups = optimizer.param_groups
+        self._frozen: frozenset[str] = frozenset()
+
+    def freeze(self, groups: frozenset[str]) -> None:
+        self._frozen = groups
 
     def _tensors(self, use_muon: bool) -> list[Tensor]:
-        groups = [group["params"] for group in self._groups if group["use_muon"] == use_muon]
+        groups = [g["params"] for g in self._groups if g["use_muon"] == use_muon and g["name"] not in self._frozen]
         return [parameter.grad for parameters in groups for parameter in parameters]
 
     def square_sums(self) -> tuple[float, float]:
@@ -68,8 +75,14 @@ class WholeGradients:
 class _ShardedGradients:
     """What ZeRO 1-3 have in common: `averaged_gradients[i]` are this rank's pieces of group i, without overlap."""
 
-    def __init__(self, zero: object, use_muon: list[bool]) -> None:
-        self._zero, self._use_muon = zero, use_muon
+    def __init__(self, zero: object, groups: list[dict]) -> None:
+        """groups: what each of `averaged_gradients` belongs to."""
+        self._zero, self._names = zero, [group["name"] for group in groups]
+        self._use_muon = [bool(group["use_muon"]) for group in groups]
+        self._frozen: set[int] = set()
+
+    def freeze(self, groups: frozenset[str]) -> None:
+        self._frozen = {i for i, name in enumerate(self._names) if name in groups}
 
     def _pieces(self, use_muon: bool) -> list[Tensor]:
         groups = [i for i, muon in enumerate(self._use_muon) if muon == use_muon]
@@ -79,6 +92,8 @@ class _ShardedGradients:
         return _sum_of_squares(self._pieces(True))
 
     def square_sums(self) -> tuple[float, float]:
+        for i in self._frozen:  # DeepSpeed's own norm, which may drop a step, shall not see them either
+            torch._foreach_zero_(self._zero.averaged_gradients[i])
         device = self._zero.averaged_gradients[0][0].device
         sums = torch.stack([_sum_of_squares(self._pieces(False)).to(device), self._muon_square_sum().to(device)])
         dist.all_reduce(sums, group=self._zero.dp_process_group)
@@ -103,17 +118,26 @@ class FlatGradients(_ShardedGradients):
     """ZeRO 1-2: at the last backward pass Muon has already replaced the gradients of its groups by updates.
 
     Their squares are therefore taken just before, in `get_flat_partition`, over the slice of each whole gradient that
-    this rank owns. The momentum is not at risk: ZeRO commits it in `step`, unless the step is dropped.
+    this rank owns. The momentum is not at risk: ZeRO commits it in `step`, unless the step is dropped. A frozen group
+    doesn't come that far: it gets no update, and no momentum to commit.
     """
 
-    def __init__(self, zero: object, use_muon: list[bool]) -> None:
-        super().__init__(zero, use_muon)
+    def __init__(self, zero: object, groups: list[dict]) -> None:
+        super().__init__(zero, groups)
         self._squares: dict[int, Tensor] = {}
         self._original = zero.get_flat_partition
         zero.get_flat_partition = self._get_flat_partition
 
+    def freeze(self, groups: frozenset[str]) -> None:
+        super().freeze(groups)
+        for group in self._frozen:
+            self._squares.pop(group, None)
+            self._zero._muon_pending_momentum.pop(group, None)  # of a dropped step, say: `step` would commit it
+
     def _get_flat_partition(self, tensor_list: list[Tensor], *args: object, **kwargs: object) -> object:
         group = kwargs["param_group_idx"]
+        if group in self._frozen:
+            return self._original([], *args, **kwargs)  # zeros, as for a rank that holds none of the group
         if self._use_muon[group]:
             self._squares[group] = _sum_of_squares(self._owned(group, tensor_list))
         return self._original(tensor_list, *args, **kwargs)
@@ -128,12 +152,18 @@ class FlatGradients(_ShardedGradients):
             yield gradient.reshape(-1)[start : start + room]
 
     def _muon_square_sum(self) -> Tensor:
-        squares = [self._squares[i] for i, muon in enumerate(self._use_muon) if muon]
+        squares = [self._squares[i] for i, muon in enumerate(self._use_muon) if muon and i not in self._frozen]
         return torch.stack(squares).sum() if squares else _sum_of_squares([])
 
 
 class PartitionedGradients(_ShardedGradients):
     """ZeRO 3: `averaged_gradients` is per sub-group and raw until `step`, where Muon runs."""
+
+    def freeze(self, groups: frozenset[str]) -> None:
+        super().freeze(groups)
+        if self._zero.use_muon:
+            muon = enumerate(self._use_muon)
+            self._zero.sub_groups_using_muon = [uses and i not in self._frozen for i, uses in muon]
 
     @contextmanager
     def discarded(self) -> Iterator[None]:
@@ -153,9 +183,7 @@ def gradients_of(stage: int, optimizer: torch.optim.Optimizer, zero: object) -> 
     """`optimizer` is ours, `zero` is what `deepspeed.initialize` made of it."""
     if stage == 0:
         return WholeGradients(optimizer)
-    use_muon = [bool(group["use_muon"]) for group in optimizer.param_groups]
+    groups = optimizer.param_groups
     if stage == 3:
-        return PartitionedGradients(
-            zero, [use_muon[zero.sub_group_to_group_id[i]] for i in range(len(zero.fp16_groups))]
-        )
-    return FlatGradients(zero, use_muon)
+        return PartitionedGradients(zero, [groups[zero.sub_group_to_group_id[i]] for i in range(len(zero.fp16_groups))])
+    return FlatGradients(zero, groups)

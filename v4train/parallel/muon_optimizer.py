@@ -51,9 +51,20 @@ def build_optimizer(groups: list[ParameterGroup], config: OptimizerConfig) -> to
     """Muon with AdamW, or AdamW alone. Learning rates start at 0 and are set before each step."""
     settings = [_settings(group, config) for group in groups]
     if config.name == "adamw":
-        return torch.optim.AdamW(settings, **_adamw_settings(config))
-    install_muon(groups, config)
-    return MuonWithAdamW(settings, config)
+        optimizer = torch.optim.AdamW(settings, **_adamw_settings(config))
+    else:
+        install_muon(groups, config)
+        optimizer = MuonWithAdamW(settings, config)
+    optimizer.register_step_pre_hook(_drop_frozen_gradients)
+    return optimizer
+
+
+def _drop_frozen_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Without a gradient a parameter, or a flat shard of parameters, is left alone: no update, no decay, no state."""
+    for group in optimizer.param_groups:
+        if group["frozen"]:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def _settings(group: ParameterGroup, config: OptimizerConfig) -> dict:
@@ -61,6 +72,7 @@ def _settings(group: ParameterGroup, config: OptimizerConfig) -> dict:
         "params": list(group.parameters.values()),
         "name": group.name,
         "use_muon": group.use_muon,
+        "frozen": False,  # `Engine.freeze`
         "lr": 0.0,
         "weight_decay": config.weight_decay,
     }

@@ -50,8 +50,10 @@ class CheckpointConfig:
         for key in ("every", "keep"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"checkpoint.{key}", getattr(self, key), "it can't be negative", "use 0 for none")
-        if self.resume not in ("auto", "never") and not (Path(self.resume) / MANIFEST).is_file():
-            rule = "neither auto nor never nor the folder of a checkpoint"
+        if self.resume in ("auto", "never"):
+            return
+        if not (Path(self.resume) / MANIFEST).is_file() and not any(Path(self.resume).glob("checkpoints/step_*")):
+            rule = "neither auto nor never nor the folder of a checkpoint, or of a run that has one"
             raise ConfigError("checkpoint.resume", self.resume, rule, "give e.g. runs/NAME/checkpoints/step_00000100")
 
 
@@ -137,7 +139,7 @@ class Reader:
     """Tensors of one checkpoint, read when asked for: any rank may read any of them."""
 
     def __init__(self, path: Path) -> None:
-        self.manifest = read_manifest(path)
+        self.path, self.manifest = path, read_manifest(path)
         self._buffers = path / f"{BUFFERS}.safetensors"
         self._where: dict[str, dict[str, Any]] = defaultdict(dict)  # name -> state name -> open file
         for file_name in self.manifest["files"]:
@@ -162,11 +164,14 @@ class Reader:
 
 
 def load_model(path: Path) -> Transformer:
-    """The model of a checkpoint, on the CPU and in eval mode; the optimizer's state is not read."""
+    """The model of a checkpoint, on the CPU, in eval mode and the attention mode it was trained in; the optimizer's
+    state is not read."""
     reader = Reader(path)
+    config = reader.manifest["state"]["config"]
     with torch.device("meta"):
-        model = build_model(OmegaConf.create(reader.manifest["state"]["config"]["model"]))
+        model = build_model(OmegaConf.create(config["model"]))
     model.load_state_dict(reader.weights() | reader.buffers(), assign=True)
+    model.attention_mode = config["train"].get("attention_mode", "sparse")  # absent: older than the key
     return model.eval()
 
 

@@ -98,7 +98,8 @@ def _make_trainer(settings: Settings, directory: RunDirectory, reader: checkpoin
         tokenizer.save(directory.tokenizer)
     else:
         settings.tracking.mode = "disabled"
-    run_id = reader.manifest["state"]["wandb_id"] if reader else None
+    continues = reader and reader.path.parent.resolve() == directory.checkpoints.resolve()  # not another run's
+    run_id = reader.manifest["state"]["wandb_id"] if continues else None
     tracker = Tracker(settings.tracking, directory.path, settings.run.name, settings.resolved, run_id)
     peak = matmul_peak(topology.device, settings.precision) * topology.world_size
     trainer = Trainer(settings, model, engine, corpus, tokenizer, directory, tracker, peak)

@@ -39,8 +39,8 @@ class RunDirectory:
         """Checkpoint to start from, or None for a new run. Looks only; `prepare` writes.
 
         Raises:
-            ConfigError: `never` or a checkpoint's path while the run exists, a folder that is no run's, or a
-                checkpoint of another model or other data (naming the key).
+            ConfigError: `never` or a path (of a checkpoint, or a run for its newest) while the run exists, a folder
+                that is no run's, or a checkpoint of another model or other data (naming the key).
         """
         exists = self.path.exists() and any(self.path.iterdir())
         if exists and not self.holds_run():
@@ -49,7 +49,7 @@ class RunDirectory:
         if exists and not overwrite and resume != "auto":
             rule = "a run of that name exists"
             raise ConfigError("checkpoint.resume", resume, rule, "use run.overwrite=true or another run.name")
-        start = Path(resume) if resume not in ("auto", "never") else None
+        start = None if resume in ("auto", "never") else _checkpoint_of(Path(resume))
         if start and overwrite and start.resolve().is_relative_to(self.path.resolve()):
             rule = "run.overwrite=true would delete it"
             raise ConfigError("checkpoint.resume", resume, rule, "use another run.name for the new run")
@@ -89,6 +89,11 @@ class RunDirectory:
                     rule = f"checkpoint {start} was made with {leaf}={then.get(leaf, 'absent')}"
                     remedy = "use another run.name for another experiment, or run.overwrite=true to start anew"
                     raise ConfigError(leaf, now.get(leaf, "absent"), rule, remedy)
+
+
+def _checkpoint_of(path: Path) -> Path:
+    """The checkpoint itself, or the newest whole one of the run whose folder it is."""
+    return (RunDirectory(path).holds_run() and checkpoint.newest(RunDirectory(path).checkpoints)) or path
 
 
 def find_checkpoint(run: str) -> tuple[RunDirectory, Path]:

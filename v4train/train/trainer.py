@@ -58,6 +58,7 @@ class Trainer:
     ) -> None:
         self.settings, self.train, self.topology = settings, settings.train, settings.topology
         self.model, self.engine = model, engine
+        self._set_attention_mode(self.train.attention_mode)
         self.corpus, self.tokenizer = corpus, tokenizer
         self.directory, self.tracker = directory, tracker
         self.loader = Loader(
@@ -129,7 +130,8 @@ class Trainer:
         result = self.engine.step(rate)
         if not result.finite:
             logger.warning("step %d: the gradient is not finite; the update is skipped", self.step + 1)
-        violation = self._balance_routers(result.finite)
+        learning = self.train.attention_mode != "indexer_warmup"  # the routers too
+        violation = self._balance_routers(result.finite and learning)
         self.step += 1
         sums = all_sum({**losses, **shares, "stop": float(stop.requested)}, self.topology.device)
         shares = {key: sums.pop(key) for key in shares}
@@ -240,14 +242,19 @@ class Trainer:
         self.model.losses.denominators = {name: max(total, 1.0) / parts for name, total in totals.items()}
         self.model.losses.scale = 1 / self.accumulation
 
-    def _balance_routers(self, finite: bool) -> float:
-        """Move each selection bias against the load of the global batch, unless the step was skipped; the worst
-        layer's max violation."""
+    def _set_attention_mode(self, mode: str) -> None:
+        """Of the model, and what is frozen in it: the indexers where none is used, all else where they learn alone."""
+        self.model.attention_mode = mode
+        frozen = {"dense": {True}, "indexer_warmup": {False}, "sparse": set()}[mode]
+        self.engine.freeze(group.name for group in self.engine.groups if group.indexer in frozen)
+
+    def _balance_routers(self, update: bool) -> float:
+        """The worst layer's max violation; `update` moves each selection bias against the load of the global batch."""
         routers = list(self.model.routers().values())
         if not routers:
             return 0.0
         loads = all_sum_tensor(torch.stack([router.take_load() for router in routers]))
-        for router, load in zip(routers, loads, strict=True) if finite else ():
+        for router, load in zip(routers, loads, strict=True) if update else ():
             router.update_bias(load, self.settings.model.moe.bias_update_speed)
         return max(float(max_violation(load)) for load in loads)
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from v4train.model.attention.cache import LayerCache
 from v4train.model.attention.compressor import Compressor
-from v4train.model.attention.core import Entries, IndexUse, Local, attend
-from v4train.model.attention.indexer import Indexer, attach_indexer_loss
+from v4train.model.attention.core import Entries, IndexUse, Local
+from v4train.model.attention.indexer import Indexer, attend_indexed
 from v4train.model.attention.shared_kv import SharedKVAttention, compressed, new_entry_buffers
 from v4train.model.attention.tokens import Tokens
 from v4train.model.config import LayerAttention, ModelConfig
@@ -40,18 +40,22 @@ class CompressedSparseAttention(SharedKVAttention):
         scored = index = None
         if learning or self.mode == "sparse" or cache is not None:
             # The indexer learns by its own loss alone, so nothing flows back from it (V4.md 2.3).
-            with torch.set_grad_enabled(learning and torch.is_grad_enabled()):
+            with self.losses.for_indexer(), torch.set_grad_enabled(learning and torch.is_grad_enabled()):
                 scored = self._index(tokens, cache, seen if cache is None else None)
         if learning or self.mode == "sparse":
             index = IndexUse(options.indexer.top_k, select=self.mode == "sparse", with_loss=learning)
-        entries = Entries(keys[:, None], None, seen)
-        attended = attend(
-            query, local=local, entries=entries, sink=self.sink, scored=scored, index=index, chunk=options.query_chunk
+        return attend_indexed(
+            self.losses,
+            query,
+            local=local,
+            entries=Entries(keys[:, None], None, seen),
+            sink=self.sink,
+            scored=scored,
+            index=index,
+            mean_over=(self.loss_count, (seen.end > seen.first).sum()),
+            weight=options.indexer.loss_weight * self.loss_share,
+            chunk=options.query_chunk,
         )
-        if not learning:
-            return attended.output
-        weight, count = options.indexer.loss_weight * self.loss_share, (seen.end > seen.first).sum()
-        return attach_indexer_loss(self.losses, attended, self.loss_count, count, weight)
 
     def _index(self, tokens: Tokens, cache: LayerCache | None, blocks: Blocks | None) -> tuple[Tensor, Tensor, Tensor]:
         apart = replace(tokens, x=tokens.x.detach(), latent=tokens.latent.detach())

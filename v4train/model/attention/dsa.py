@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from v4train.model.attention.cache import LayerCache, TokenBuffer
-from v4train.model.attention.core import Entries, IndexUse, attend
-from v4train.model.attention.indexer import attach_indexer_loss
+from v4train.model.attention.core import Entries, IndexUse
+from v4train.model.attention.indexer import attend_indexed
 from v4train.model.attention.local import extend
 from v4train.model.attention.mla import MultiHeadLatentAttention
 from v4train.model.attention.tokens import Tokens
@@ -70,7 +70,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         scored = index = None
         if learning or self.mode == "sparse" or cache is not None:
             # The indexer learns by its own loss alone, so nothing flows back from it (V4.md 2.3).
-            with torch.set_grad_enabled(learning and torch.is_grad_enabled()):
+            with self.losses.for_indexer(), torch.set_grad_enabled(learning and torch.is_grad_enabled()):
                 scored = self.indexer(tokens.x.detach(), tokens.latent.detach(), tokens.rotation)
         if learning or self.mode == "sparse":
             index = IndexUse(options.top_k, select=self.mode == "sparse", with_loss=learning)
@@ -83,13 +83,19 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         where = tokens.place
         end = torch.arange(1, query.shape[1] + 1, device=query.device).expand(query.shape[:2]) + where.previous
         seen = EntryRange(first=where.starts, end=end, ratio=1, offset=where.previous)
-        entries = Entries(keys, values, seen)
-        numbers = {"scale": self.scale, "value_width": self.options.kv_lora_rank, "chunk": self.chunk}
-        attended = attend(query, entries=entries, sink=self.sink, scored=scored, index=index, **numbers)
-        if not learning:
-            return attended.output
-        weight, count = options.loss_weight * self.loss_share, (tokens.document_ids >= 0).sum()
-        return attach_indexer_loss(self.losses, attended, self.loss_count, count, weight)
+        return attend_indexed(
+            self.losses,
+            query,
+            entries=Entries(keys, values, seen),
+            sink=self.sink,
+            scored=scored,
+            index=index,
+            mean_over=(self.loss_count, (tokens.document_ids >= 0).sum()),
+            weight=options.loss_weight * self.loss_share,
+            scale=self.scale,
+            value_width=self.options.kv_lora_rank,
+            chunk=self.chunk,
+        )
 
     def new_cache(self, batch: int, max_length: int) -> LayerCache:
         cache = super().new_cache(batch, max_length)

@@ -3,10 +3,12 @@
 Shapes: B batch, S sequence, M hidden, N entries, I indexer heads, J their width.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from v4train.model.attention.compressor import Compressor
-from v4train.model.attention.core import Attended
+from v4train.model.attention.core import IndexUse, attend
 from v4train.model.config import ModelConfig
 from v4train.model.losses import Losses
 from v4train.model.rope import rotate
@@ -43,14 +45,29 @@ class Indexer(nn.Module):
         return query, keys, self.head_weight(x) * self.scale
 
 
-def attach_indexer_loss(losses: Losses, attended: Attended, name: str, count: Tensor, weight: float) -> Tensor:
-    """The output of attention, whose backward also trains the indexer; its loss and how well it selects are recorded.
+def attend_indexed(
+    losses: Losses,
+    query: Tensor,
+    *,
+    sink: Tensor | None,
+    index: IndexUse | None,
+    mean_over: tuple[str, Tensor],
+    weight: float,
+    **inputs: Any,
+) -> Tensor:
+    """Output of `attend`; where `index` has a loss, backward also trains the indexer, and how well it does is recorded.
 
     Args:
-        name: among `losses.denominators`, of what the loss is a mean over; `count` is this batch's own.
+        mean_over: what the loss is a mean over: its name among `losses.denominators`, and this batch's own count.
         weight: of the loss.
+        inputs: further arguments of `attend`.
     """
-    kl = losses.mean(name, attended.kl, count)
-    losses.record_share("indexer_captured", attended.uniform_kl - attended.kl, attended.uniform_kl)
-    losses.record_share("indexer_recall", attended.recalled, attended.recallable)
-    return losses.attach(attended.output, "indexer_kl", kl, weight)
+    with losses.for_indexer() as alone:
+        sink = sink.detach() if alone and sink is not None else sink
+        attended = attend(query, sink=sink, index=index, **inputs)
+        if index is None or not index.with_loss:
+            return attended.output
+        losses.record_share("indexer_captured", attended.uniform_kl - attended.kl, attended.uniform_kl)
+        losses.record_share("indexer_recall", attended.recalled, attended.recallable)
+        name, count = mean_over
+        return losses.attach(attended.output, "indexer_kl", losses.mean(name, attended.kl, count), weight)
