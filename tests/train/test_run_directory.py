@@ -104,7 +104,9 @@ def test_what_changes_no_result_may_change(directory):
     start(directory)
     newest = save(directory, 1)
     config = changed(
-        model={"attention": {"window": 4, "query_chunk": 64}}, train={"max_steps": 9}, tokenizer={"cache_dir": "y"}
+        model={"attention": {"window": 4, "query_chunk": 64}},
+        train={"max_steps": 9, "recompute": "block"},
+        tokenizer={"cache_dir": "y"},
     )
     assert start(directory, config=config) == newest
 

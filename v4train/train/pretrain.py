@@ -84,6 +84,7 @@ def _make_trainer(settings: Settings, directory: RunDirectory, reader: checkpoin
     tokenizer, corpus = load_data(settings.data, settings.tokenizer)
     with topology.device:
         model = build_model(settings.model)
+    model.recompute = train.recompute
     engine = Engine(
         model,
         settings.optimizer,
