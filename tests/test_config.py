@@ -27,6 +27,12 @@ BAD = [
         ["no layer of swa swa swa swa swa hca", "csa or dsa"],
     ),
     (["train.log_every=0"], "train.log_every", ["at least 1"]),
+    (["train.recompute=all"], "train.recompute", ["none, block, attention"]),
+    (["train.profile=[5,5]"], "train.profile", ["start < stop"]),
+    (["train.profile=[0,5]"], "train.profile", ["1 <= start"]),
+    (["train.profile=[5]"], "train.profile", ["[start,stop]"]),
+    (["train.profile=[200,201]"], "train.profile", ["ends at step 140"]),
+    (["train.profile=3"], "train.profile", ["3"]),
     (["train.validate_every=-1"], "train.validate_every", ["negative"]),
     (["train.global_batch_size=3", "train.micro_batch_size=2"], "train.global_batch_size", ["multiple", "2"]),
     (["model.attention.o_groups=3"], "model.attention.o_groups", ["num_heads=8"]),
@@ -103,7 +109,14 @@ def test_the_default_run_name_comes_from_model_and_overrides():
     other = load(["optimizer=adamw", "train.max_steps=5"])
     assert one.run.name == other.run.name == "flash_small_optimizer=adamw_train.max_steps=5"
     # where and how, not what: the name that a continued run must find again
-    assert load(["train.stop_at_step=3", "checkpoint.every=7", "tracking.mode=disabled"]).run.name == "flash_small"
+    how = [
+        "train.stop_at_step=3",
+        "train.recompute=block",
+        "train.profile=[2,3]",
+        "checkpoint.every=7",
+        "tracking.mode=disabled",
+    ]
+    assert load(how).run.name == "flash_small"
     assert load(["run.name=mine"]).run.dir == "runs/mine"
 
 

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from v4train.data import DataConfig, TokenizerConfig, check_data
 from v4train.errors import ConfigError
 from v4train.model import ModelConfig, model_config
+from v4train.model.recompute import RECOMPUTE_LEVELS
 from v4train.model.rules import ATTENTION_MODES
 from v4train.optim.param_groups import OptimizerConfig
 from v4train.optim.schedules import ScheduleConfig
@@ -30,7 +31,9 @@ from v4train.train.checkpoint import CheckpointConfig
 from v4train.train.tracking import TrackingConfig
 
 # Overrides that say how or where to run, not what: they stay out of a run's default name.
-UNNAMED = re.compile(r"^[+~]*(model=|run\.|checkpoint|tracking|device=|hydra|tokenizer\.cache_dir|train\.stop_at_step)")
+UNNAMED = re.compile(
+    r"^[+~]*(model=|run\.|checkpoint|tracking|device=|hydra|tokenizer\.cache_dir|train\.(stop_at_step|recompute|profile)=)"
+)
 NAME_LENGTH = 120  # longer default names are cut and end in a hash
 PRECISIONS = ("fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -62,12 +65,14 @@ class TrainConfig:
     sequence_length: int
     attention_mode: str
     grad_clip: float
+    recompute: str
     log_every: int
     validate_every: int
     validation_tokens: int
     sample_prompt: str
     sample_tokens: int
     sample_temperature: float
+    profile: list[int] | None
 
     @property
     def tokens_per_step(self) -> int:
@@ -213,8 +218,14 @@ def _check_train(train: TrainConfig, data_size: int) -> None:
     for key in ("max_steps", "max_tokens", "stop_at_step", "micro_batch_size"):
         if getattr(train, key) is not None and getattr(train, key) < 1:
             refuse(key, "it must be at least 1", "choose a positive number, or null")
+    if train.recompute not in RECOMPUTE_LEVELS:
+        refuse("recompute", "unknown level", f"use one of {', '.join(RECOMPUTE_LEVELS)}")
     if train.max_steps is None and train.max_tokens is None:
         refuse("max_steps", "nothing says how long to train", "set train.max_steps or train.max_tokens")
+    if train.profile is not None and not (len(train.profile) == 2 and 1 <= train.profile[0] < train.profile[1]):
+        refuse("profile", "it must be [start,stop] with 1 <= start < stop", "profile steps 5 to 9 with [5,10], or null")
+    if train.profile is not None and train.profile[0] > train.total_steps:
+        refuse("profile", f"the run ends at step {train.total_steps}", "start earlier")
     micro = train.micro_batch_size or 1
     if train.global_batch_size % (micro * data_size):
         rule = f"it must be a multiple of train.micro_batch_size={micro} x {data_size} data ranks"

@@ -100,6 +100,26 @@ def test_stages_have_the_same_gradients_to_the_last_bit(layouts, name):
             assert runs[0] == (runs[1] if bitwise else pytest.approx(runs[1], abs=2e-6)), key
 
 
+def test_recomputation_and_profiling_change_no_bit(tmp_path):
+    """On 2 ranks, where ZeRO 3 frees and gathers parameters in the middle of the backward pass."""
+    jobs = {}
+    for stage, levels in ((1, ("none", "block")), (3, ("none", "block", "attention"))):
+        shard = ["+parallelism.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []
+        for level in levels:
+            overrides = [f"parallelism=zero{stage}", *shard, f"train.recompute={level}", "train.micro_batch_size=1"]
+            jobs[f"zero{stage}_{level}"] = [*overrides, "train.stop_at_step=4"]
+    jobs["zero3_profile"] = [*jobs["zero3_attention"], "train.profile=[2,4]"]
+    train(tmp_path, 2, jobs)
+    for name in jobs:
+        for key in ("loss", "mtp_loss", "balance_loss", "indexer_kl", "grad_norm", "max_violation"):
+            assert losses(tmp_path, name, key) == losses(tmp_path, f"{name[:5]}_none", key), (name, key)
+    profile = json.loads((tmp_path / "zero3_profile" / "profile" / "modules.json").read_text())
+    rows = {row["module"]: row for row in profile["rows"]}
+    assert profile["profiled_steps"] == 2 and rows["blocks.1.attention"]["calls"] == 2  # micro-batches a step
+    parts = ("data", "normalisation", "engine", "gradients", "optimizer", "routers", "model")
+    assert all(rows[part]["total"] > 0 for part in parts)
+
+
 FLASH_SMALL = [("adamw", 1), ("adamw", 3), ("muon", 2)]  # optimizer, ZeRO stage on 2 ranks
 
 
@@ -166,10 +186,10 @@ def test_a_run_stopped_and_continued_is_bitwise_the_same(base, ranks, stage, nam
 
 
 def test_a_run_continues_on_another_layout(base):
-    """Saved by 2 ranks with ZeRO 3, continued by 1 rank with ZeRO 1: as if nothing had happened."""
+    """Saved by 2 ranks with ZeRO 3, continued by 1 rank with ZeRO 1 and recomputation: as if nothing had happened."""
     for name in OPTIMIZERS:
         moved = [f"optimizer={name}"]
         train(base, 2, {f"moved_{name}": [*moved, "parallelism=zero3", "train.stop_at_step=5"]})
-        train(base, 1, {f"moved_{name}": [*moved, "parallelism=zero1"]})
+        train(base, 1, {f"moved_{name}": [*moved, "parallelism=zero1", "train.recompute=block"]})
         expected = losses(base, f"reference_{name}")
         assert losses(base, f"moved_{name}") == pytest.approx(expected, abs=TOLERANCE[name], rel=0)

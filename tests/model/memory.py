@@ -1,6 +1,7 @@
-"""How large the tensors are that a computation makes."""
+"""How large the tensors are that a computation makes and keeps."""
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -15,3 +16,25 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
         return made
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of what operators made and is still alive, whoever holds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}  # by address; a new storage takes the place of a dead one
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return made
+
+    def count(self, besides):
+        """besides: tensors that were there before; their views don't count."""
+        before = {tensor.untyped_storage()._cdata for tensor in besides}
+        alive = (key for key, (reference, _) in self.made.items() if not reference.expired())
+        return sum(self.made[key][1] for key in alive if key not in before)

@@ -105,7 +105,7 @@ def test_what_changes_no_result_may_change(directory):
     newest = save(directory, 1)
     config = changed(
         model={"attention": {"window": 4, "query_chunk": 64}},
-        train={"max_steps": 9, "attention_mode": "indexer_warmup"},
+        train={"max_steps": 9, "attention_mode": "indexer_warmup", "recompute": "block"},
         tokenizer={"cache_dir": "y"},
     )
     assert start(directory, config=config) == newest

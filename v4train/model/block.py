@@ -1,5 +1,6 @@
 """One decoder block: residual(attention), residual(ffn)."""
 
+import torch
 from torch import Tensor, nn
 
 from v4train.model.attention import KINDS
@@ -9,17 +10,20 @@ from v4train.model.ffn import SwiGLU
 from v4train.model.losses import Losses
 from v4train.model.moe import MoE
 from v4train.model.norm import RMSNorm
+from v4train.model.recompute import recomputed
 from v4train.model.residual import RESIDUALS
 
 
 class Block(nn.Module):
     """Maps (streams [B, S, C, M], input ids, document ids, targets) to the same tuple; only the streams change.
 
-    ffn: `dense` or `moe`, whose router is a table of token ids where `hashed`.
+    ffn: `dense` or `moe`, whose router is a table of token ids where `hashed`. `recompute` is a level of recompute.py,
+    heeded in training only.
     """
 
     def __init__(self, config: ModelConfig, losses: Losses, attention: LayerAttention, ffn: str, hashed: bool) -> None:
         super().__init__()
+        self.recompute = "none"
         residual = RESIDUALS[config.residual.kind]
         self.attention_residual = residual(config)
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -40,11 +44,28 @@ class Block(nn.Module):
         targets: Tensor | None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if self._recomputes("block", cache):
+            streams = recomputed(self._streams, streams, input_ids, document_ids)
+        else:
+            streams = self._streams(streams, input_ids, document_ids, cache)
+        return streams, input_ids, document_ids, targets
+
+    def _streams(
+        self, streams: Tensor, input_ids: Tensor, document_ids: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
         x, streams, coefficients = self.attention_residual(streams)
-        x = self.attention(self.attention_norm(x), document_ids, cache)
+        if self._recomputes("attention", cache):
+            x = recomputed(self._attend, x, document_ids)
+        else:
+            x = self._attend(x, document_ids, cache)
         streams = self.attention_residual.merge(streams, x, coefficients)
         x, streams, coefficients = self.ffn_residual(streams)
         x = self.ffn_norm(x)
         x = self.ffn(x, input_ids, document_ids) if self.is_moe else self.ffn(x)
-        streams = self.ffn_residual.merge(streams, x, coefficients)
-        return streams, input_ids, document_ids, targets
+        return self.ffn_residual.merge(streams, x, coefficients)
+
+    def _attend(self, x: Tensor, document_ids: Tensor, cache: LayerCache | None = None) -> Tensor:
+        return self.attention(self.attention_norm(x), document_ids, cache)
+
+    def _recomputes(self, level: str, cache: LayerCache | None) -> bool:
+        return self.recompute == level and self.training and torch.is_grad_enabled() and cache is None

@@ -95,7 +95,7 @@ class Losses:
     @property
     def recording(self) -> bool:
         """False inside backward, where activation checkpointing recomputes what forward has recorded, and if silent."""
-        return not self._silent and torch._C._current_graph_task_id() == -1
+        return not self._silent and not in_backward()
 
     def record(self, name: str, value: Tensor) -> None:
         """Keep a value for the log. Values recorded several times (once a layer) are averaged."""
@@ -122,6 +122,11 @@ class Losses:
         self._values.clear()
         self._shares.clear()
         return values | {name: share(*pair) for name, pair in self.shares.items()}
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running in this thread: a forward pass that runs now is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def share(part: Tensor | float, whole: Tensor | float) -> Tensor:

@@ -12,3 +12,8 @@ def full_precision(device_type: str) -> torch.autocast:
 def full(x: Tensor) -> Tensor:
     """x in fp32, or unchanged if it is wider (a whole model in fp64 is exact to fp64, for tests)."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def has_fast_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices with instructions of its own, and not number by number."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

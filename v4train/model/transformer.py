@@ -25,6 +25,7 @@ from v4train.model.init import initialise
 from v4train.model.losses import Losses
 from v4train.model.moe.router import ScoreRouter
 from v4train.model.mtp import MTP, next_tokens
+from v4train.model.recompute import RECOMPUTE_LEVELS
 from v4train.model.rules import ATTENTION_MODES
 
 
@@ -163,6 +164,19 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, INDEXED):
                 module.mode = mode
+
+    @property
+    def recompute(self) -> str:
+        """What backward computes again, a level of recompute.py: `none` (default), `block` or `attention`."""
+        return self.blocks[0].recompute
+
+    @recompute.setter
+    def recompute(self, level: str) -> None:
+        if level not in RECOMPUTE_LEVELS:
+            raise ConfigError("recompute", level, "unknown level", f"use one of {', '.join(RECOMPUTE_LEVELS)}")
+        for module in self.modules():
+            if isinstance(module, Block):  # MTP's too
+                module.recompute = level
 
     def routers(self) -> dict[str, ScoreRouter]:
         """Score-routed routers by name: their loads and selection biases are the trainer's to update."""

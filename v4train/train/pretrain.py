@@ -12,9 +12,11 @@ from v4train.data import load_data
 from v4train.errors import ConfigError
 from v4train.model import build_model
 from v4train.model.counts import parameter_counts
+from v4train.model.precision import has_fast_bf16
 from v4train.parallel.engine import Engine
 from v4train.parallel.topology import start_distributed, stop_distributed
 from v4train.train import checkpoint
+from v4train.train.allocator import keep_freed_memory
 from v4train.train.metrics import read_metrics, write_summary
 from v4train.train.plots import loss_plot
 from v4train.train.progress import setup_logging, start_table
@@ -81,9 +83,14 @@ def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:
 
 def _make_trainer(settings: Settings, directory: RunDirectory, reader: checkpoint.Reader | None) -> Trainer:
     topology, train = settings.topology, settings.train
+    if topology.device.type == "cpu":
+        keep_freed_memory()
+        if settings.precision == "bf16" and not has_fast_bf16():
+            logger.warning("precision=bf16: this CPU has no bf16 instructions, so products are slower than with fp32")
     tokenizer, corpus = load_data(settings.data, settings.tokenizer)
     with topology.device:
         model = build_model(settings.model)
+    model.recompute = train.recompute
     engine = Engine(
         model,
         settings.optimizer,

@@ -1,6 +1,6 @@
 """The folder of a run: start, continue or refuse what is there (DESIGN 11). Rank 0 writes, the others wait.
 
-runs/<name>/  config.yaml  metrics.jsonl  summary.json  checkpoints/  wandb/  report/  samples.txt  log.txt
+runs/<name>/  config.yaml  metrics.jsonl  summary.json  checkpoints/  wandb/  report/  profile/  samples.txt  log.txt
 """
 
 import logging
@@ -34,6 +34,7 @@ class RunDirectory:
         self.samples = self.path / "samples.txt"
         self.tokenizer = self.path / "tokenizer.json"
         self.loss_plot = self.path / "report" / "loss.png"
+        self.profile = self.path / "profile"
 
     def find_start(self, resume: str, overwrite: bool, resolved: dict[str, Any]) -> Path | None:
         """Checkpoint to start from, or None for a new run. Looks only; `prepare` writes.

@@ -30,6 +30,7 @@ from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
 from v4train.train.distributed import all_sum, all_sum_tensor
 from v4train.train.metrics import MetricsFile
+from v4train.train.profiler import StepProfiler
 from v4train.train.progress import Progress
 from v4train.train.run_directory import RunDirectory
 from v4train.train.signals import StopRequest
@@ -76,6 +77,15 @@ class Trainer:
         self.interrupted = False
         self.validation: dict[str, float] = {}
         self.metrics = MetricsFile(directory.metrics) if self.topology.rank == 0 else None
+        parts = {
+            "data": (self.loader, "next_step"),
+            "normalisation": (self, "_set_normalisation"),
+            "engine": (engine, "forward_backward"),
+            "optimizer": (engine, "step"),
+            "routers": (self, "_balance_routers"),
+        }
+        profiled = self.train.profile if self.topology.rank == 0 else None
+        self.profiler = StepProfiler(profiled, directory.profile, model, parts)
         self.flops_share = training_flops_per_token(settings.model, self.train.sequence_length) / peak_flops
 
     @property
@@ -91,9 +101,11 @@ class Trainer:
     def fit(self) -> None:
         """Train to `last_step`, or to the step edge after a signal; then validate and save."""
         validated, saved = self.validation.get("step"), self.restored_step
-        with Progress(self.train.total_steps, self.step, self.topology.rank) as progress, StopRequest() as stop:
+        progress = Progress(self.train.total_steps, self.step, self.topology.rank)
+        with progress, StopRequest() as stop, self.profiler:
             while self.step < self.last_step and not self.interrupted:
-                record = self.train_step(stop)
+                with self.profiler.step(self.step + 1):
+                    record = self.train_step(stop)
                 progress.update(self.step, record["loss"], record["tokens_per_second"], lr=record["lr"])
                 if self.step % self.train.log_every == 0 or self.step == self.last_step or self.interrupted:
                     self.log(record)

@@ -1,0 +1,110 @@
+"""Activation checkpointing: the same to the last bit, recorded once, in less memory."""
+
+import gc
+
+import pytest
+import torch
+
+from tests.model.memory import LiveBytes
+from tests.model.packings import batch_of
+from tests.models import random_model, tiny_config
+from v4train.errors import ConfigError
+
+LEVELS = ["block", "attention"]
+MODES = ["dense", "indexer_warmup", "sparse"]
+BATCH = batch_of([21, -3, 19], [30, 13])
+
+
+def fresh(recompute="none", mode="sparse", mix="swa csa hca dsa gqa mla", **changes):
+    """MoE with a hash-routed layer, mHC and MTP; attached losses that weigh enough to be seen."""
+    changes = {"moe__balance_loss_weight": 0.5, "attention__indexer__loss_weight": 0.7, **changes}
+    model = random_model(tiny_config(mix, **changes))
+    model.attention_mode, model.recompute = mode, recompute
+    return model
+
+
+def step(model):
+    """(everything that a step logs and learns from) of one forward and backward pass."""
+    output = model(*BATCH)
+    shares = dict(model.losses.shares)
+    output.loss.backward()
+    assert model.losses.collect() == {}  # recomputation recorded nothing more
+    results = {"loss": output.loss, **output.losses}
+    results |= {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
+    results |= {f"load of {name}": router.take_load() for name, router in model.routers().items()}
+    results |= {f"{name} {i}": part for name, pair in shares.items() for i, part in enumerate(pair)}
+    return results
+
+
+def forward_passes(model):
+    """How often each attention and feed-forward module ran in a step, MTP's included."""
+    counts = {"attention": 0, "ffn": 0}
+
+    def count(name):
+        def hook(*_):
+            counts[name] += 1
+
+        return hook
+
+    for block in [*model.blocks, model.mtp.block]:
+        for name in counts:
+            getattr(block, name).register_forward_hook(count(name))
+    step(model)
+    return counts
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_results_are_bitwise_those_without(level, mode):
+    expected, got = step(fresh(mode=mode)), step(fresh(level, mode))
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (value is None) == (got[name] is None), name
+        assert value is None or torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize(("level", "attention", "ffn"), [("none", 7, 7), ("block", 14, 14), ("attention", 14, 7)])
+def test_what_runs_twice(level, attention, ffn):
+    assert forward_passes(fresh(level)) == {"attention": attention, "ffn": ffn}
+
+
+def live_after_forward(level, layers):
+    """Bytes that a forward pass leaves for backward."""
+    model = fresh(level, mix="csa " * layers).double()
+    with LiveBytes() as live:
+        loss = model(*BATCH).loss
+        gc.collect()
+        kept = live.count(besides=[*model.parameters(), *model.buffers()])
+    loss.backward()
+    return kept
+
+
+def test_a_block_costs_its_input_streams_and_no_more():
+    config = tiny_config("csa")
+    streams = BATCH[0].numel() * config.residual.num_streams * config.hidden_size * 8
+    growth = {level: (live_after_forward(level, 4) - live_after_forward(level, 2)) / 2 for level in ("none", *LEVELS)}
+    assert streams <= growth["block"] < 1.05 * streams  # and a few values for the log
+    assert growth["block"] < 0.5 * growth["attention"] < 0.4 * growth["none"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_without_gradients_nothing_is_kept_or_changed(level):
+    model, plain = fresh(level), fresh()
+    with torch.no_grad():
+        assert torch.equal(model(*BATCH).loss, plain(*BATCH).loss)
+    model.eval(), plain.eval()
+    assert torch.equal(model(*BATCH).loss, plain(*BATCH).loss)
+    for network in (model, plain):
+        network.train()
+    caches = [network.new_cache(1, 8) for network in (model, plain)]
+    ours, theirs = (
+        network(BATCH[0][:1, :5], cache=cache) for network, cache in zip((model, plain), caches, strict=True)
+    )
+    assert torch.equal(ours.logits, theirs.logits)
+
+
+def test_unknown_levels_are_refused():
+    model = fresh("block")
+    assert model.recompute == "block" == model.mtp.block.recompute
+    with pytest.raises(ConfigError, match="recompute=all.*none, block, attention"):
+        model.recompute = "all"
