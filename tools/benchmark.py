@@ -131,7 +131,7 @@ def take_turns(implementations: list[str], case: dict[str, Any], overrides: list
 def measure(case: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """What one process is for."""
     keep_freed_memory()
-    model = build_model(load([f"model={case['model']}", *overrides]).model)
+    model = build_model(load([f"model={case.pop('model')}", *overrides]).model)
     figures = training(model, **case) if case["kind"] == "training" else decoding(model, **case)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return figures | {"peak_memory_gib": round(peak * (1 if sys.platform == "darwin" else 1024) / 2**30, 3)}

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from v4train.model.precision import full
 
@@ -17,10 +16,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_gradient = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         weight_gradient = full(torch.zeros_like(weight)) if ctx.needs_input_grad[1] else None
         x, weight = x.to(dtype), weight.to(dtype)
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        rows = max(1, min(x.shape[0], CHUNK_BYTES // (4 * weight.shape[0])))
+        buffer = x.new_empty(rows, weight.shape[0])
         for begin in range(0, x.shape[0], rows):
             chunk, target = x[begin : begin + rows], targets[begin : begin + rows]
-            logits = full(F.linear(chunk, weight))
+            logits = full(torch.mm(chunk, weight.mT, out=buffer[: chunk.shape[0]]))
             valid, index = target != -100, target.clamp(min=0)[:, None]
             chosen = logits.gather(-1, index)[:, 0]
             top, best = logits.max(-1, keepdim=True)

@@ -39,8 +39,7 @@ class _StreamProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor, streams_gradient: Tensor):
         streams, weight, projected, scale = ctx.saved_tensors
-        total = full(streams_gradient).flatten(0, 1).clone()
-        weight_gradient = _add_projection_gradient(total, gradient, streams, weight, projected, scale)
+        total, weight_gradient = _projection_gradients(streams_gradient, gradient, streams, weight, projected, scale)
         return total.view_as(streams).to(streams.dtype), weight_gradient, None
 
 
@@ -51,16 +50,17 @@ def _project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tenso
     return F.linear(flat, full(weight)).movedim(-1, 0) * scale, scale
 
 
-def _add_projection_gradient(
-    total: Tensor, gradient: Tensor, streams: Tensor, weight: Tensor, projected: Tensor, scale: Tensor
-) -> Tensor:
-    """Add the gradient of streams to `total` [T, C, M], fp32; return the weight's. gradient: of `projected`."""
-    flat, total = full(streams).flatten(2).flatten(0, 1), total.flatten(1)
+def _projection_gradients(
+    streams_gradient: Tensor, gradient: Tensor, streams: Tensor, weight: Tensor, projected: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`streams_gradient` and what `projected`'s gradient adds to it, a new [T, C, M] in fp32; the weight's gradient."""
+    flat = full(streams).flatten(2).flatten(0, 1)
     # p = s W x, s = (mean(x^2) + eps)^-1/2: dx = s W^T dp - x s^2 mean(p . dp)
     along = ((gradient * projected).sum(0) * scale.square() / -flat.shape[-1]).flatten()
     change = (gradient * scale).flatten(1)
-    total.addmm_(change.mT, full(weight)).addcmul_(flat, along[:, None])
-    return torch.mm(change, flat).to(weight.dtype)
+    total = torch.addcmul(full(streams_gradient).flatten(2).flatten(0, 1), flat, along[:, None])
+    total.addmm_(change.mT, full(weight))
+    return total.view(-1, *streams.shape[2:]), torch.mm(change, flat).to(weight.dtype)
 
 
 class PlainResidual(nn.Module):
@@ -147,8 +147,9 @@ class _Site(torch.autograd.Function):
         parts = (logits_gradient * projected).sum((1, 2)).split([count, count, count * count])
         gates_gradient = torch.stack([part.sum() for part in parts])
         projected_gradient = logits_gradient * _by_row(full(gates), count)
-        total = full(torch.baddbmm(streams_gradient.flatten(0, 1), read.mT, gradient))
-        weight_gradient = _add_projection_gradient(total, projected_gradient, streams, weight, projected, scale)
+        given = (streams, weight, projected, scale)
+        total, weight_gradient = _projection_gradients(streams_gradient, projected_gradient, *given)
+        total.baddbmm_(full(read).mT, full(gradient))
         bias_gradient = logits_gradient.sum((1, 2))
         results = (gates_gradient.to(gates.dtype), bias_gradient.to(gates.dtype), None, None, None)
         return total.view_as(streams).to(streams.dtype), weight_gradient, *results
@@ -219,7 +220,7 @@ class _Merge(torch.autograd.Function):
         ctx.save_for_backward(streams, output, mixing, post)
         with full_precision(streams.device.type):
             merged = torch.bmm(post, output.flatten(0, 1)[:, None])
-            return torch.baddbmm(merged, mixing, streams.flatten(0, 1), out=merged).view_as(streams)
+            return merged.baddbmm_(mixing, streams.flatten(0, 1)).view_as(streams)
 
     @staticmethod
     @once_differentiable

@@ -124,7 +124,8 @@ def _fused_backward(term: Term, gradient: Tensor, output: Tensor, normaliser: Te
     query, *others = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         gradient, *inputs, output, normaliser, 0.0, False, attn_mask=term.mask, scale=term.scale
     )
-    keys, values = (x.unflatten(1, (term.keys.shape[1], -1)).sum(2) for x in others)
+    groups = term.keys.shape[1]
+    keys, values = (x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2) for x in others)
     width = term.query.shape[-1]
     return query[..., :width], keys[..., :width], values[..., : term.width]
 
