@@ -29,6 +29,7 @@ from v4train.analysis.flops import training_flops_per_token
 from v4train.config import load
 from v4train.errors import ConfigError
 from v4train.model import Transformer, build_model, model_config
+from v4train.model.compiled import compile_model
 
 OURS, PEERS = "v4train", ("transformers",)
 PREFILL, DECODED = 4096, 64  # tokens at a time; tokens timed after the first ones
@@ -61,7 +62,8 @@ def main(arguments: list[str]) -> int:
         for batch, length in shapes
         for row in take_turns(
             implementations,
-            {"kind": "training", "batch": batch, "length": length, "dtype": dtype, "rounds": options.rounds},
+            {"kind": "training", "batch": batch, "length": length, "dtype": dtype, "rounds": options.rounds}
+            | ({"compiled": True} if options.compile else {}),
             overrides,
         )
     ]
@@ -94,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
     parser.add_argument("--decode", nargs="*", default=[], type=int, help="cached tokens to decode after")
     parser.add_argument("--against", choices=PEERS, help="another implementation of the same model")
+    parser.add_argument("--compile", action="store_true", help="train v4train's model as with compile=true")
     parser.add_argument("--rounds", type=int, default=5, help="steps whose median counts")
     parser.add_argument("--out", help="write the JSON there too")
     parser.add_argument("--plot", help="write a picture of tokens/s and memory over length there")
@@ -131,11 +134,20 @@ def measure(case: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 
 def training(
-    model: Transformer, implementation: str, batch: int, length: int, dtype: str, rounds: int, **_: Any
+    model: Transformer,
+    implementation: str,
+    batch: int,
+    length: int,
+    dtype: str,
+    rounds: int,
+    compiled: bool = False,
+    **_: Any,
 ) -> dict[str, Any]:
     tokens = torch.randint(model.config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     model.train()
+    if compiled and implementation == OURS:
+        compile_model(model)
     loss_of, parameters = (own_loss if implementation == OURS else peer_loss)(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
