@@ -32,6 +32,7 @@ from v4train.analysis.flops import training_flops_per_token
 from v4train.config import load
 from v4train.errors import ConfigError
 from v4train.model import ModelConfig, Transformer, build_model, model_config
+from v4train.model.compiled import compile_model
 from v4train.train.allocator import keep_freed_memory
 
 OURS, PEERS = "v4train", ("transformers",)
@@ -131,7 +132,11 @@ def take_turns(implementations: list[str], case: dict[str, Any], overrides: list
 def measure(case: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """What one process is for."""
     keep_freed_memory()
-    model = build_model(load([f"model={case.pop('model')}", *overrides]).model)
+    config = load([f"model={case.pop('model')}", *overrides])
+    model = build_model(config.model)
+    model.recompute = config.train.recompute
+    if config.compile and case["implementation"] == OURS:
+        compile_model(model)
     figures = training(model, **case) if case["kind"] == "training" else decoding(model, **case)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return figures | {"peak_memory_gib": round(peak * (1 if sys.platform == "darwin" else 1024) / 2**30, 3)}

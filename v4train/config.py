@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from v4train.data import DataConfig, TokenizerConfig, check_data
 from v4train.errors import ConfigError
 from v4train.model import ModelConfig, model_config
+from v4train.model.compiled import cpp_compiler
 from v4train.model.recompute import RECOMPUTE_LEVELS
 from v4train.model.rules import ATTENTION_MODES
 from v4train.optim.param_groups import OptimizerConfig
@@ -32,7 +33,8 @@ from v4train.train.tracking import TrackingConfig
 
 # Overrides that say how or where to run, not what: they stay out of a run's default name.
 UNNAMED = re.compile(
-    r"^[+~]*(model=|run\.|checkpoint|tracking|device=|hydra|tokenizer\.cache_dir|train\.(stop_at_step|recompute|profile)=)"
+    r"^[+~]*(model=|run\.|checkpoint|tracking|device=|compile=|hydra|tokenizer\.cache_dir"
+    r"|train\.(stop_at_step|recompute|profile)=)"
 )
 NAME_LENGTH = 120  # longer default names are cut and end in a hash
 PRECISIONS = ("fp32", "bf16")
@@ -94,6 +96,7 @@ class Settings:
 
     seed: int
     precision: str
+    compile: bool
     run: RunConfig
     train: TrainConfig
     model: ModelConfig
@@ -156,10 +159,13 @@ def settings(config: DictConfig) -> Settings:
         raise ConfigError("seed", seed, "it must be a whole number from 0 to 2^63 - 1", "use seed=1")
     if precision not in PRECISIONS:
         raise ConfigError("precision", precision, "unknown precision", f"use one of {', '.join(PRECISIONS)}")
+    if not isinstance(resolved["compile"], bool):
+        raise ConfigError("compile", resolved["compile"], "it must be true or false", "use compile=false")
     parallelism = structured(ParallelismConfig, resolved["parallelism"], "parallelism")
     made = Settings(
         seed=seed,
         precision=precision,
+        compile=resolved["compile"],
         run=structured(RunConfig, resolved["run"], "run"),
         train=structured(TrainConfig, resolved["train"], "train"),
         model=model_config(OmegaConf.create(resolved["model"])),
@@ -173,6 +179,9 @@ def settings(config: DictConfig) -> Settings:
         topology=make_topology(parallelism, checked_device(device)),
         resolved=resolved,
     )
+    if made.compile and made.topology.device.type == "cpu" and cpp_compiler() is None:
+        rule = "torch.compile needs a C++ compiler, and neither $CXX nor g++ nor clang++ is found"
+        raise ConfigError("compile", True, rule, "install g++, set CXX, or use compile=false")
     _check_train(made.train, made.topology.data_size)
     _check_attention_mode(made.train.attention_mode, made.model)
     if made.train.micro_batch_size is None:

@@ -11,6 +11,7 @@ from v4train.config import Settings
 from v4train.data import load_data
 from v4train.errors import ConfigError
 from v4train.model import build_model
+from v4train.model.compiled import compile_model
 from v4train.model.counts import parameter_counts
 from v4train.model.precision import has_fast_bf16
 from v4train.parallel.engine import Engine
@@ -91,6 +92,8 @@ def _make_trainer(settings: Settings, directory: RunDirectory, reader: checkpoin
     with topology.device:
         model = build_model(settings.model)
     model.recompute = train.recompute
+    if settings.compile:
+        compile_model(model)
     engine = Engine(
         model,
         settings.optimizer,
