@@ -6,8 +6,8 @@
     python tools/benchmark.py --models flash_small dense_small train.recompute=block compile=true
 
 Anything that is not an option is an override of conf/, as in launch/pretrain.py. Each measurement is a process of its
-own, so that its peak memory is its own; both implementations have the same weights, tokens, optimizer (AdamW) and
-allocator settings, and take turns. A training step is forward, backward and update; decoding is one row, token by
+own, so that its peak memory is its own; both implementations have the same weights, tokens and optimizer (AdamW), and
+take turns. v4train keeps freed memory, as its runs do; the peer does with --same-allocator. A training step is forward, backward and update; decoding is one row, token by
 token, after a real prefill. `mfu` is a share of the matrix product rate of its dtype, measured in the same run, FLOPs
 being those of `v4train.analysis.flops`. `growth` compares the longest single row with the shortest: `exponent` is e of
 time ~ tokens^e, `per_token` the ratio of times per token.
@@ -70,7 +70,8 @@ def benchmark(
     implementations = [OURS, *([options.against] if options.against else [])]
     training, decode = [], []
     for model, dtype in itertools.product(models, options.dtypes):
-        case = {"model": model, "dtype": dtype, "rounds": options.rounds}
+        case = {"model": model, "dtype": dtype, "rounds": options.rounds, "warm_up": options.warm_up}
+        case["same_allocator"] = options.same_allocator
         for batch, length in shapes:
             of = case | {"kind": "training", "batch": batch, "length": length}
             training += take_turns(implementations, of, overrides)
@@ -101,6 +102,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
     parser.add_argument("--decode", nargs="*", default=[], type=int, help="cached tokens to decode after")
     parser.add_argument("--against", choices=PEERS, help="another implementation of the same model")
+    parser.add_argument("--same-allocator", action="store_true", help="the peer keeps freed memory too")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps before those that count")
     parser.add_argument("--rounds", type=int, default=5, help="steps whose median counts")
     parser.add_argument("--out", help="write the JSON there too")
     parser.add_argument("--plot", help="write a picture of tokens/s and memory over length there")
@@ -131,7 +134,8 @@ def take_turns(implementations: list[str], case: dict[str, Any], overrides: list
 
 def measure(case: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """What one process is for."""
-    keep_freed_memory()
+    if case["implementation"] == OURS or case["same_allocator"]:
+        keep_freed_memory()
     config = load([f"model={case.pop('model')}", *overrides])
     model = build_model(config.model)
     model.recompute = config.train.recompute
@@ -143,7 +147,7 @@ def measure(case: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 
 def training(
-    model: Transformer, implementation: str, batch: int, length: int, dtype: str, rounds: int, **_: Any
+    model: Transformer, implementation: str, batch: int, length: int, dtype: str, rounds: int, warm_up: int, **_: Any
 ) -> dict[str, Any]:
     tokens = torch.randint(model.config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -158,7 +162,7 @@ def training(
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = timed(step, rounds)
+    seconds = timed(step, rounds, warm_up)
     middle = statistics.median(seconds)
     return {
         "seconds": round(middle, 4),
@@ -198,8 +202,8 @@ def decoding(model: Transformer, context: int, dtype: str, **_: Any) -> dict[str
     return {"seconds": round(statistics.median(seconds), 6), "cache_bytes": cache.nbytes()}
 
 
-def timed(step: Callable[[], Any], rounds: int) -> list[float]:
-    for _ in range(WARM_UP):
+def timed(step: Callable[[], Any], rounds: int, warm_up: int = WARM_UP) -> list[float]:
+    for _ in range(warm_up):
         step()
     seconds = []
     for _ in range(rounds):

@@ -17,8 +17,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=full(x[:0]).dtype)
-        scale = torch.rsqrt(norm.square_() / x.shape[-1] + eps)
+        scale = _inverse_rms(x, eps)
         ctx.save_for_backward(x, scale)
         return (x * scale).to(x.dtype)
 
@@ -29,6 +28,12 @@ class _Normalise(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         along = (full(x) * gradient).mean(-1, keepdim=True) * scale.square()
         return (gradient - x * along).mul_(scale).to(x.dtype), None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which stays as 1."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=full(x[:0]).dtype)
+    return torch.rsqrt(norm.square_() / x.shape[-1] + eps)
 
 
 class LayerNorm(nn.Module):
@@ -55,4 +60,23 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(full(x), self.weight.shape, full(self.weight), self.eps).to(x.dtype)
+        return _WeightedNormalise.apply(x, self.weight, self.eps)
+
+
+class _WeightedNormalise(torch.autograd.Function):
+    """As `_Normalise`, times the weight: torch's own saves the normalised values too (2.13)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = _inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale * full(weight)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        weighted, normalised = full(gradient) * full(weight), full(x) * scale
+        weight_gradient = (normalised * gradient).flatten(0, -2).sum(0)
+        along = torch.linalg.vecdot(normalised, weighted)[..., None] / x.shape[-1]
+        return weighted.sub_(normalised.mul_(along)).mul_(scale).to(x.dtype), weight_gradient.to(weight.dtype), None
