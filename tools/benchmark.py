@@ -9,8 +9,8 @@ Anything that is not an option is an override of conf/, as in launch/pretrain.py
 own, so that its peak memory is its own; both implementations have the same weights, tokens and optimizer (AdamW), and
 take turns. v4train keeps freed memory, as its runs do; the peer does with --same-allocator. A training step is forward,
 backward and update; decoding is one row, token by token, after a real prefill. `mfu` is a share of the matrix product
-rate of its dtype, measured in the same run, FLOPs being those of `v4train.analysis.flops`. `growth` compares the longest single row with the shortest: `exponent` is e of
-time ~ tokens^e, `per_token` the ratio of times per token.
+rate of its dtype, measured in the same run, FLOPs being those of `v4train.analysis.flops`. `growth` compares the
+longest single row with the shortest: `exponent` is e of time ~ tokens^e, `per_token` the ratio of times per token.
 """
 
 import argparse
