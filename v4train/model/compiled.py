@@ -4,9 +4,10 @@ These are the coefficients of the hyper-connections (Sinkhorn included) with the
 The attention, the experts and the cross-entropy are autograd functions that choose their own chunks and kernels: they
 stay as they are.
 
-It saves little on a CPU: forward and backward of model=benchmark at 4x512 took 2.91 s of CPU time instead of 3.15 s (one
-thread, fp32, medians of 5), for one to three minutes of compiling at the start of the first run (later ones find it in
-torch's cache). A gain in wall-clock time was not measurable there; see tools/benchmark.py --shapes 4x512 compile=true.
+It saves little on a CPU: forward and backward of model=benchmark at 4x512 took 2.91 s of CPU time instead of 3.15 s
+(one thread, fp32, medians of 5), for one to three minutes of compiling at the start of the first run (later ones find
+it in torch's cache). A gain in wall-clock time was not measurable there; see tools/benchmark.py --shapes 4x512
+compile=true.
 """
 
 import os
