@@ -108,14 +108,14 @@ def test_recomputation_and_profiling_change_no_bit(tmp_path):
         for level in levels:
             overrides = [f"parallelism=zero{stage}", *shard, f"train.recompute={level}", "train.micro_batch_size=1"]
             jobs[f"zero{stage}_{level}"] = [*overrides, "train.stop_at_step=4"]
-    jobs["zero3_profile"] = [*jobs["zero3_attention"], "train.profile=[2,4]"]
+    jobs["zero1_profile"] = [*jobs["zero1_block"], "train.profile=[2,3]"]  # one step: writing takes its time
     train(tmp_path, 2, jobs)
     for name in jobs:
         for key in ("loss", "mtp_loss", "balance_loss", "indexer_kl", "grad_norm", "max_violation"):
             assert losses(tmp_path, name, key) == losses(tmp_path, f"{name[:5]}_none", key), (name, key)
-    profile = json.loads((tmp_path / "zero3_profile" / "profile" / "modules.json").read_text())
+    profile = json.loads((tmp_path / "zero1_profile" / "profile" / "modules.json").read_text())
     rows = {row["module"]: row for row in profile["rows"]}
-    assert profile["profiled_steps"] == 2 and rows["blocks.1.attention"]["calls"] == 2  # micro-batches a step
+    assert profile["profiled_steps"] == 1 and rows["blocks.1.attention"]["calls"] == 2  # micro-batches a step
     parts = ("data", "normalisation", "engine", "gradients", "optimizer", "routers", "model")
     assert all(rows[part]["total"] > 0 for part in parts)
 

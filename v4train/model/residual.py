@@ -220,7 +220,8 @@ class _Merge(torch.autograd.Function):
         ctx.save_for_backward(streams, output, mixing, post)
         with full_precision(streams.device.type):
             merged = torch.bmm(post, output.flatten(0, 1)[:, None])
-            return merged.baddbmm_(mixing, streams.flatten(0, 1)).view_as(streams)
+            # Not baddbmm_, which torch's FLOP counter doesn't know (2.13)
+            return torch.baddbmm(merged, mixing, streams.flatten(0, 1), out=merged).view_as(streams)
 
     @staticmethod
     @once_differentiable
