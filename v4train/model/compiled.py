@@ -1,8 +1,9 @@
 """`compile=true`: torch.compile of the parts of a model that are pure and made of many small operators.
 
-These are the norms, the collapse of the streams, and unconstrained hyper-connections. The attention, the experts and the
-cross-entropy are autograd functions that choose their own chunks and kernels: they stay as they are. So does mHC's, which
-is one function already, and whose gradient torch 2.13's inductor gets wrong (its eager and aot_eager backends do not).
+These are the norms, the collapse of the streams, and unconstrained hyper-connections. The attention, the experts and
+the cross-entropy are autograd functions that choose their own chunks and kernels: they stay as they are. So does mHC's,
+which is one function already, and whose gradient torch 2.13's inductor gets wrong (its eager and aot_eager backends do
+not).
 
 It saves little on a CPU, for one to three minutes of compiling at the start of the first run (later ones find it in
 torch's cache): docs/performance.md.
