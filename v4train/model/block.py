@@ -1,5 +1,7 @@
 """One decoder block: residual(attention), residual(ffn)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from v4train.model.ffn import SwiGLU
 from v4train.model.losses import Losses
 from v4train.model.moe import MoE
 from v4train.model.norm import RMSNorm
-from v4train.model.recompute import recomputed
+from v4train.model.recompute import forget, recomputed
 from v4train.model.residual import RESIDUALS
 
 
@@ -58,11 +60,14 @@ class Block(nn.Module):
             x = recomputed(self._attend, x, document_ids)
         else:
             x = self._attend(x, document_ids, cache)
-        streams = self.attention_residual.merge(streams, x, coefficients)
-        x, streams, coefficients = self.ffn_residual(streams)
+        merge = partial(self.attention_residual.merge, streams, x, coefficients)
+        between = merge()
+        x, streams, coefficients = self.ffn_residual(between)
         x = self.ffn_norm(x)
         x = self.ffn(x, input_ids, document_ids) if self.is_moe else self.ffn(x)
-        return self.ffn_residual.merge(streams, x, coefficients)
+        output = self.ffn_residual.merge(streams, x, coefficients)
+        forget(between, merge, needed_by=output)
+        return output
 
     def _attend(self, x: Tensor, document_ids: Tensor, cache: LayerCache | None = None) -> Tensor:
         return self.attention(self.attention_norm(x), document_ids, cache)

@@ -17,7 +17,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        scale = _inverse_rms(x, eps)
+        scale = inverse_rms(x, eps)
         ctx.save_for_backward(x, scale)
         return (x * scale).to(x.dtype)
 
@@ -30,7 +30,7 @@ class _Normalise(torch.autograd.Function):
         return (gradient - x * along).mul_(scale).to(x.dtype), None
 
 
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last dimension, which stays as 1."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=full(x[:0]).dtype)
     return torch.rsqrt(norm.square_() / x.shape[-1] + eps)
@@ -68,7 +68,7 @@ class _WeightedNormalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = _inverse_rms(x, eps)
+        scale = inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale * full(weight)).to(x.dtype)
 

@@ -1,11 +1,12 @@
 """Activation checkpointing: what backward computes again instead of keeping it.
 
 `block`: a whole block, so that only its input streams stay alive between forward and backward. `attention`: the
-attention sub-layer (norm and attention), for less memory at less recomputation. Results are those of `none`, to the
-last bit.
+attention sub-layer (norm and attention), for less memory at less recomputation. Whatever the level, `forget` is for
+single tensors that are all but free to compute again. Results are those of keeping everything, to the last bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,8 +20,13 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
     What it records for the log is recorded once: `Losses.recording` is False inside backward.
     """
+
+    def whole(*again: Tensor) -> Tensor:
+        with _nothing_forgotten():
+            return _RecomputeFirst.apply(function(*again))
+
     return checkpoint(
-        lambda *again: _RecomputeFirst.apply(function(*again)),
+        whole,
         *inputs,
         use_reentrant=False,
         preserve_rng_state=False,  # nothing in the model draws random numbers
@@ -44,3 +50,47 @@ class _RecomputeFirst(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         ctx.saved_tensors  # noqa: B018
         return gradient
+
+
+def forget(tensor: Tensor, again: Callable[[], Tensor], needed_by: Tensor) -> None:
+    """Free the memory of `tensor` until backward comes to what made `needed_by`, and then fill it with `again()`.
+
+    Args:
+        tensor: owner of its memory, which nothing reads any more but the backward of operations up to `needed_by`.
+        again: the same values from tensors that are kept anyhow. It reads no parameter, which ZeRO 3 may have freed.
+        needed_by: the last result that backward needs `tensor` for.
+    """
+    if needed_by.requires_grad and not _keeping:
+        needed_by.register_hook(_Refill(tensor, again))
+
+
+class _Refill:
+    """A tensor's hook: works once, and then holds nothing that would outlive the backward pass."""
+
+    def __init__(self, tensor: Tensor, again: Callable[[], Tensor]) -> None:
+        self.storage, self.again = tensor.untyped_storage(), again
+        self.size = self.storage.size()
+        self.storage.resize_(0)
+
+    def __call__(self, gradient: Tensor) -> None:
+        if self.again is None:
+            return
+        with torch.no_grad():
+            value = self.again()
+            self.storage.resize_(self.size)
+            self.storage.copy_(value.untyped_storage())
+        self.storage = self.again = None
+
+
+_keeping = False
+
+
+@contextmanager
+def _nothing_forgotten() -> Iterator[None]:
+    """Inside a recomputed function: it keeps nothing in its first run, and needs all at once in its second."""
+    global _keeping
+    before, _keeping = _keeping, True
+    try:
+        yield
+    finally:
+        _keeping = before

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from v4train.model.config import RopeConfig
+from v4train.model.norm import inverse_rms
 from v4train.model.precision import full
 
 
@@ -71,23 +72,50 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return _Rotate.apply(x, rotation)
 
 
+def rotate_normalised(x: Tensor, rotation: Tensor, eps: float) -> Tensor:
+    """`rotate(rms_norm(x, eps), rotation)`, of which backward needs the result only."""
+    rotation = rotation.reshape(*rotation.shape[:2], *[1] * (x.dim() - 3), rotation.shape[-1])
+    return _RotateNormalised.apply(x, rotation, eps)
+
+
 class _Rotate(torch.autograd.Function):
     """One copy and the turned channels in place, both ways; slices and a concatenation would be several copies."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rotation: Tensor) -> Tensor:
         ctx.save_for_backward(rotation)
-        return _turned(x, rotation)
+        return _turn(x.clone(memory_format=torch.contiguous_format), rotation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         (rotation,) = ctx.saved_tensors
-        return _turned(gradient, rotation.conj()), None
+        return _turn(gradient.clone(memory_format=torch.contiguous_format), rotation.conj()), None
 
 
-def _turned(x: Tensor, rotation: Tensor) -> Tensor:
-    x = x.clone(memory_format=torch.contiguous_format)
+class _RotateNormalised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rotation: Tensor, eps: float) -> Tensor:
+        scale = inverse_rms(x, eps)
+        y = _turn((x * scale).to(x.dtype), rotation)
+        ctx.save_for_backward(y, scale, rotation)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        # y = R n, n = s x: dx = s (R^T dy - n mean(n . R^T dy)), where n . R^T dy = y . dy and n = R^T y / |r|^2
+        y, scale, rotation = ctx.saved_tensors
+        along = torch.linalg.vecdot(full(y), full(gradient))[..., None] / y.shape[-1]
+        change = full(y) * along
+        turned = change[..., -2 * rotation.shape[-1] :].unflatten(-1, (-1, 2))
+        turned /= rotation.abs().square()[..., None]
+        torch.sub(gradient, change, out=change)
+        return _turn(change, rotation.conj()).mul_(scale).to(y.dtype), None, None
+
+
+def _turn(x: Tensor, rotation: Tensor) -> Tensor:
+    """x itself, its last channels rotated in place."""
     last = x[..., -2 * rotation.shape[-1] :]
     pairs = torch.view_as_complex(full(last).unflatten(-1, (-1, 2)).contiguous())
     last.copy_(torch.view_as_real(pairs * rotation).flatten(-2))

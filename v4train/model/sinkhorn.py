@@ -18,8 +18,10 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> tuple[Tensor, ...]:
     """
     x = logits.softmax(dim=1) + eps
     factors, denominators = [torch.ones_like(x[:, 0]), torch.ones_like(x[0])], []
+    added, products = torch.full_like(x[0], eps), torch.empty_like(x)
     for turn in _turns(iterations):
-        denominators.append(_weighted_sums(x, factors[1 - turn], turn).mul_(factors[turn]).add_(eps))
+        sums = _weighted_sums(x, factors[1 - turn], turn, products)
+        denominators.append(torch.addcmul(added, sums, factors[turn]))
         factors[turn] = factors[turn] / denominators[-1]
     rows, columns = factors
     return x * rows[:, None] * columns[None], x, rows, columns, *denominators
@@ -29,21 +31,21 @@ def sinkhorn_backward(
     gradient: Tensor, eps: float, x: Tensor, rows: Tensor, columns: Tensor, *denominators: Tensor
 ) -> Tensor:
     """Gradient of the logits [C, C, ...] from that of the matrices and the rest of `sinkhorn`'s results."""
-    factors = [rows, columns]
-    change, weighted = gradient * rows[:, None] * columns[None], gradient * x
-    gradients = [_weighted_sums(weighted, columns, 0), _weighted_sums(weighted, rows, 1)]
+    factors, products = [rows, columns], torch.empty_like(x)
+    gradient = gradient.contiguous()  # it comes from a product with tokens first
+    change = gradient * rows[:, None] * columns[None]
+    gradient = gradient * x
+    gradients = [_weighted_sums(gradient, columns, 0, products), _weighted_sums(gradient, rows, 1, products)]
     turns = _turns((len(denominators) + 1) // 2)
     for turn, denominator in zip(reversed(turns), reversed(denominators), strict=True):
         # new = own / denominator, denominator = own * sums + eps, sums = x weighted by the other factor
         other, own_gradient = factors[1 - turn], gradients[turn]
         sums_gradient = factors[turn].square().mul_(own_gradient).neg_()
-        gradients[turn] = own_gradient / denominator.square() * eps
+        gradients[turn] = denominator.square().reciprocal_().mul_(own_gradient).mul_(eps)
         factors[turn] = factors[turn] * denominator
-        if turn == 0:
-            change.addcmul_(sums_gradient[:, None], other[None])
-        else:
-            change.addcmul_(other[:, None], sums_gradient[None])
-        gradients[1 - turn] = _weighted_sums(x, sums_gradient, 1 - turn).add_(gradients[1 - turn])
+        row, column = (sums_gradient, other) if turn == 0 else (other, sums_gradient)
+        change.addcmul_(row[:, None], column[None])
+        gradients[1 - turn] += _weighted_sums(x, sums_gradient, 1 - turn, products)
     softmax = x - eps
     return softmax * (change - (change * softmax).sum(1, keepdim=True))
 
@@ -53,10 +55,9 @@ def _turns(iterations: int) -> list[int]:
     return [1, *[0, 1] * (iterations - 1)]
 
 
-def _weighted_sums(x: Tensor, weights: Tensor, turn: int) -> Tensor:
-    """For the columns (turn 1) sum_i x[i, j] weights[i], for the rows (0) sum_j x[i, j] weights[j]: [C, ...]."""
-    parts = x.unbind(1 - turn)
-    total = parts[0] * weights[0]
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        total.addcmul_(part, weight)
-    return total
+def _weighted_sums(x: Tensor, weights: Tensor, turn: int, products: Tensor) -> Tensor:
+    """For the columns (turn 1) sum_i x[i, j] weights[i], for the rows (0) sum_j x[i, j] weights[j]: [C, ...].
+
+    products: room for them, like x. Few operations on much each: the time is that of starting them.
+    """
+    return torch.mul(x, weights[:, None] if turn == 1 else weights[None], out=products).sum(1 - turn)

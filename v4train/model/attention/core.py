@@ -32,7 +32,7 @@ from v4train.model.attention.selection import (
     take_rows,
     uniform_kl,
 )
-from v4train.model.attention.softmax import join
+from v4train.model.attention.softmax import join, plain_softmax
 from v4train.model.attention.terms import Entries, Gathered, Inputs, InReach, Layout, Local, Part, Tokens, Window
 from v4train.model.precision import full, full_precision
 
@@ -151,15 +151,19 @@ class _Chunk:
         with torch.set_grad_enabled(with_gradient):
             return leaves, index_scores(*leaves), attended
 
-    def measures(self, part: InReach | Gathered, normaliser: Tensor) -> Tensor:
-        """(kl, uniform kl, recalled, recallable) of this chunk, whose softmax has normaliser [B, Q, H]: fp32 [4]."""
+    def measures(self, part: InReach | Gathered, local: list[Tensor], normaliser: Tensor) -> Tensor:
+        """(kl, uniform kl, recalled, recallable) of this chunk: fp32 [4].
+
+        Args:
+            part: the entries'; local: normalisers of the other parts; normaliser: of the whole. [B, Q, H] each.
+        """
         _, scores, attended = self.learning(with_gradient=False)
         probabilities = part.entry_probabilities(normaliser).view(scores.shape)
         kls = [indexer_kl(scores, attended, probabilities), uniform_kl(attended, probabilities)]
-        recall = self._recall(scores, probabilities)
+        recall = self._recall(scores, probabilities, local)
         return torch.stack([*kls, *recall])
 
-    def _recall(self, scores: Tensor, probabilities: Tensor) -> list[Tensor]:
+    def _recall(self, scores: Tensor, probabilities: Tensor, local: list[Tensor]) -> list[Tensor]:
         """(recalled, recallable); of the dense attention's probabilities [B, Q, n], given where that is attended to."""
         if self.num_entries <= (top_k := self.layout.index.top_k):
             return [probabilities.new_zeros(())] * 2
@@ -170,10 +174,9 @@ class _Chunk:
             step = -(-self.inputs.entries.shape[2] // MEASURED_ENTRIES)
             some = slice(-self.begin % step, None, step)
             chosen, visible = self.chosen[:, some], self.visible()
-            arguments = (self.inputs, self.layout, self.begin, self.stop)
-            dense = InReach(*arguments, visible, some)
-            terms = [Tokens(*arguments, some)] if self.layout.has_local else []
-            normalisers = [part.restore(part.term.logits().logsumexp(-1)) for part in (*terms, dense)]
+            dense = InReach(self.inputs, self.layout, self.begin, self.stop, visible, some)
+            own = dense.restore(plain_softmax(dense.term)[1])
+            normalisers = [own, *(normaliser[:, some] for normaliser in local)]
             probabilities = dense.entry_probabilities(join(normalisers, self.inputs.sink))
             visible = visible[:, some]
             chosen = torch.where(chosen < 0, 0, chosen - self.reach.start)
@@ -239,7 +242,7 @@ class _Attend(torch.autograd.Function):
             normaliser[:, begin:stop] = joint
             output[:, begin:stop] = sum(values.mul_(torch.exp(own - joint)[..., None]) for values, own in softmaxes)
             if layout.learns and chunk.num_entries:
-                measures += chunk.measures(parts[-1], joint)
+                measures += chunk.measures(parts[-1], [own for _, own in softmaxes[:-1]], joint)
         ctx.save_for_backward(*tensors, output, normaliser, selected)
         ctx.layout = layout
         results = (output, *measures)

@@ -6,6 +6,8 @@ which the lightning indexer selects the top-k; `hca` adds all entries compressed
 Shapes: B batch, S sequence, M hidden, H heads, D head width, N entries.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +18,9 @@ from v4train.model.attention.tokens import Tokens
 from v4train.model.config import LayerAttention, ModelConfig, RopeConfig
 from v4train.model.documents import Blocks, EntryRange, compression_blocks, place
 from v4train.model.linear import GroupedLinear
-from v4train.model.norm import RMSNorm, rms_norm
-from v4train.model.rope import rotate, rotations
+from v4train.model.norm import RMSNorm
+from v4train.model.recompute import forget
+from v4train.model.rope import rotate, rotate_normalised, rotations
 
 
 class SharedKVAttention(nn.Module):
@@ -42,18 +45,21 @@ class SharedKVAttention(nn.Module):
         where = place(document_ids, None if cache is None else cache.length)
         rotation = rotations(where.positions, self.options.rope_dim, self.rope)
         latent = self.query_norm(self.query_down(x))
-        query = rms_norm(self.query_up(latent).unflatten(-1, (self.options.num_heads, -1)), self.eps)
-        query = rotate(query, rotation)
+        query = self.query_up(latent).unflatten(-1, (self.options.num_heads, -1))
+        query = rotate_normalised(query, rotation, self.eps)
         kv = rotate(self.kv_norm(self.kv(x)), rotation)[:, None]
         tokens = Tokens(x, latent, document_ids, where, rotation)
         if cache is not None:
             kv = cache["window"].extend(kv)
         output = self.mix(query, Local(kv, None, where.starts, self.options.window), tokens, cache)
-        output = rotate(output, rotation.conj())
-        grouped = output.flatten(-2).unflatten(-1, (self.options.o_groups, -1))
+        turn = partial(rotate, output, rotation.conj())
+        turned = turn()
+        grouped = turned.flatten(-2).unflatten(-1, (self.options.o_groups, -1))
+        down = self.output_down(grouped)
+        forget(turned, turn, needed_by=down)
         if cache is not None:
             cache.length += x.shape[1]
-        return self.output_up(self.output_down(grouped).flatten(-2))
+        return self.output_up(down.flatten(-2))
 
     def mix(self, query: Tensor, local: Local, tokens: Tokens, cache: LayerCache | None) -> Tensor:
         """The softmax over what this kind of layer sees, [B, S, H, D]: here the window alone."""

@@ -162,15 +162,13 @@ class _OneProduct:
 class Tokens(_OneProduct):
     """Local tokens in reach."""
 
-    def __init__(self, inputs: Inputs, layout: Layout, begin: int, stop: int, some: slice = slice(None)):  # noqa: B008
-        """some: of the chunk's queries."""
-        query, mask = inputs.query[:, begin:stop][:, some], layout.local_mask(begin, stop)[:, some]
-        at = layout.local_keys(begin, stop)
+    def __init__(self, inputs: Inputs, layout: Layout, begin: int, stop: int):
+        query, mask, at = inputs.query[:, begin:stop], layout.local_mask(begin, stop), layout.local_keys(begin, stop)
         super().__init__(layout, query, inputs.keys, inputs.values, at, mask, slot=0)
 
 
 class InReach(_OneProduct):
-    """Entries in reach, those that `attended` [B, Q, n] names."""
+    """Entries in reach, those that `attended` [B, Q, n] names; of all queries of the chunk or `some`."""
 
     def __init__(
         self,
