@@ -23,18 +23,19 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.made = {}  # by address; a new storage takes the place of a dead one
+        self.made = {}  # weak references by address; a new storage takes the place of a dead one
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, tuple | list) else [made]:
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.made[storage._cdata] = StorageWeakRef(storage)
         return made
 
     def count(self, besides):
         """besides: tensors that were there before; their views don't count."""
         before = {tensor.untyped_storage()._cdata for tensor in besides}
-        alive = (key for key, (reference, _) in self.made.items() if not reference.expired())
-        return sum(self.made[key][1] for key in alive if key not in before)
+        others = (reference.cdata for key, reference in self.made.items() if key not in before)
+        alive = filter(None, map(torch.UntypedStorage._new_with_weak_ptr, others))
+        return sum(storage.nbytes() for storage in alive)  # as large as it is now: some have been emptied

@@ -9,6 +9,7 @@ from tests.model.memory import LiveBytes
 from tests.model.packings import batch_of
 from tests.models import random_model, tiny_config
 from v4train.errors import ConfigError
+from v4train.model import recompute
 
 LEVELS = ["block", "attention"]
 MODES = ["dense", "indexer_warmup", "sparse"]
@@ -108,3 +109,41 @@ def test_unknown_levels_are_refused():
     assert model.recompute == "block" == model.mtp.block.recompute
     with pytest.raises(ConfigError, match="recompute=all.*none, block, attention"):
         model.recompute = "all"
+
+
+def test_what_is_forgotten_comes_back_to_the_last_bit(monkeypatch):
+    got = step(fresh())
+    monkeypatch.setattr(recompute, "_keeping", True)
+    expected = step(fresh())
+    for name, value in expected.items():
+        assert (value is None) == (got[name] is None), name
+        assert value is None or torch.equal(got[name], value), name
+
+
+def test_forgetting_frees_memory_until_backward():
+    x = torch.randn(5, 7, requires_grad=True)
+    middle = x.exp()
+    output = (middle * middle).sum()
+    recompute.forget(middle, x.exp, needed_by=output)
+    assert middle.untyped_storage().nbytes() == 0
+    (gradient,) = torch.autograd.grad(output, x, retain_graph=True)
+    (again,) = torch.autograd.grad(output, x)  # what came back stays
+    torch.testing.assert_close(gradient, 2 * (2 * x.detach()).exp())
+    assert torch.equal(again, gradient)
+
+
+def test_nothing_is_forgotten_without_gradients_or_inside_a_recomputed_function(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(recompute, "_Refill", lambda tensor, again: forgotten.append(tensor) or (lambda gradient: None))
+    with torch.no_grad():
+        fresh()(*BATCH)
+    step(fresh("block"))
+    assert not forgotten
+    step(fresh())
+    assert len(forgotten) == 7 * 3 + 4  # blocks with MTP's: streams and two inputs; outputs of swa, csa and hca, twice
+
+
+def test_what_is_forgotten_is_less_to_keep(monkeypatch):
+    kept = live_after_forward("none", 2)
+    monkeypatch.setattr(recompute, "_keeping", True)
+    assert kept < 0.88 * live_after_forward("none", 2)

@@ -192,7 +192,7 @@ def test_streams_of_bf16_keep_fp32_coefficients():
         x, streams, coefficients = module(streams)
         merged = module.merge(streams, x, coefficients)
     assert x.dtype == merged.dtype == torch.bfloat16
-    assert all(coefficient.dtype == torch.float32 for coefficient in coefficients)
+    assert coefficients.mixing.dtype == coefficients.post.dtype == torch.float32
     torch.testing.assert_close(x.double(), exact, atol=0.05, rtol=0)
 
 

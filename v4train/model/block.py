@@ -55,22 +55,27 @@ class Block(nn.Module):
     def _streams(
         self, streams: Tensor, input_ids: Tensor, document_ids: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
-        x, streams, coefficients = self.attention_residual(streams)
+        x, streams, coefficients = _entered(self.attention_residual, self.attention_norm, streams)
         if self._recomputes("attention", cache):
-            x = recomputed(self._attend, x, document_ids)
+            x = recomputed(self.attention, x, document_ids)
         else:
-            x = self._attend(x, document_ids, cache)
+            x = self.attention(x, document_ids, cache)
         merge = partial(self.attention_residual.merge, streams, x, coefficients)
         between = merge()
-        x, streams, coefficients = self.ffn_residual(between)
-        x = self.ffn_norm(x)
+        x, streams, coefficients = _entered(self.ffn_residual, self.ffn_norm, between)
         x = self.ffn(x, input_ids, document_ids) if self.is_moe else self.ffn(x)
         output = self.ffn_residual.merge(streams, x, coefficients)
         forget(between, merge, needed_by=output)
         return output
 
-    def _attend(self, x: Tensor, document_ids: Tensor, cache: LayerCache | None = None) -> Tensor:
-        return self.attention(self.attention_norm(x), document_ids, cache)
-
     def _recomputes(self, level: str, cache: LayerCache | None) -> bool:
         return self.recompute == level and self.training and torch.is_grad_enabled() and cache is None
+
+
+def _entered(residual: nn.Module, norm: RMSNorm, streams: Tensor) -> tuple[Tensor, Tensor, tuple | None]:
+    """A sub-layer's normalised input [B, S, M]; the streams and the coefficients, as the residual module gives them."""
+    x, streams, coefficients = residual(streams)
+    normalised = norm(x)
+    if coefficients is not None:  # or x is a view of the streams
+        forget(x, partial(residual.collapse, streams, coefficients), needed_by=normalised)
+    return normalised, streams, coefficients

@@ -45,6 +45,13 @@ class Activation(NamedTuple):
                 torch.ops.aten.hardtanh_backward.grad_input(part, inputs, low, self.limit, grad_input=part)
         return result
 
+    def needed(self, gate_up: Tensor) -> "Activation":
+        """Itself, or the same without a limit that nothing reaches: passes over memory saved where asking is cheap."""
+        if self.limit is None or gate_up.device.type != "cpu" or not gate_up.numel():
+            return self
+        low, high = gate_up.aminmax()
+        return self._replace(limit=None) if max(-low.item(), high.item()) <= self.limit else self
+
     def _clamped(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = gate_up.chunk(2, dim=-1)
         return (gate, up) if self.limit is None else (gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit))
@@ -65,9 +72,9 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate_up: Tensor, activation: Activation) -> Tensor:
-        ctx.activation = activation
+        ctx.activation = activation.needed(gate_up)
         ctx.save_for_backward(gate_up)
-        return activation(gate_up)
+        return ctx.activation(gate_up)
 
     @staticmethod
     @once_differentiable

@@ -7,6 +7,8 @@ A residual module collapses the streams to a sub-layer's input and returns with 
 `merge` needs to put the sub-layer's output back.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -78,7 +80,27 @@ class PlainResidual(nn.Module):
         return streams + output[:, :, None]
 
 
-class HyperConnection(nn.Module):
+class Coefficients(NamedTuple):
+    """What a site computes for its streams, beside what it reads of them."""
+
+    mixing: Tensor  # [source, destination, B, S] fp32
+    post: Tensor  # [destination, B, S] fp32
+    read: Tensor  # [T, 1, C] in the streams' dtype, no gradient: what `collapse` reads again
+
+
+class _Connection(nn.Module):
+    """What HC and mHC share."""
+
+    def merge(self, streams: Tensor, output: Tensor, coefficients: Coefficients) -> Tensor:
+        """As `merge_streams`."""
+        return merge_streams(streams, output, coefficients.mixing, coefficients.post)
+
+    def collapse(self, streams: Tensor, coefficients: Coefficients) -> Tensor:
+        """The collapsed input [B, S, M] once more, without gradient."""
+        return _read(streams, coefficients.read)
+
+
+class HyperConnection(_Connection):
     """mHC: X <- B X + C f(A X), with A, B, C functions of the token's own streams (V4 report eqs. 1-8)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -91,8 +113,8 @@ class HyperConnection(nn.Module):
         self.static_bias = nn.Parameter(torch.empty(sum(rows)))
         self.gates = nn.Parameter(torch.empty(3))
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Collapsed input [B, S, M], streams, (mixing [source, destination, B, S], post [destination, B, S]), fp32.
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Coefficients]:
+        """Collapsed input [B, S, M], streams, coefficients.
 
         Whoever uses the streams further takes the ones returned, so that all their gradients are summed in one place.
         """
@@ -101,11 +123,7 @@ class HyperConnection(nn.Module):
             collapsed, streams, *coefficients = _Site.apply(
                 streams, self.projection, self.gates, self.static_bias, *numbers
             )
-        return collapsed, streams, tuple(coefficients)
-
-    def merge(self, streams: Tensor, output: Tensor, coefficients: tuple[Tensor, Tensor]) -> Tensor:
-        """As `merge_streams`."""
-        return merge_streams(streams, output, *coefficients)
+        return collapsed, streams, Coefficients(*coefficients)
 
 
 class _Site(torch.autograd.Function):
@@ -124,16 +142,12 @@ class _Site(torch.autograd.Function):
         read = _token_first(pre + eps, streams)[:, None]  # [T, 1, C]
         ctx.save_for_backward(streams, weight, gates, projected, scale, pre, post, read, *state)
         ctx.eps = eps
-        return (
-            torch.bmm(read, streams.flatten(0, 1)).view(*streams.shape[:2], -1),
-            streams.view_as(streams),
-            mixing,
-            post,
-        )
+        ctx.mark_non_differentiable(read)
+        return _read(streams, read), streams.view_as(streams), mixing, post, read
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor, streams_gradient: Tensor, mixing_gradient: Tensor, post_gradient: Tensor):
+    def backward(ctx, gradient: Tensor, streams_gradient: Tensor, mixing_gradient: Tensor, post_gradient: Tensor, _):
         streams, weight, gates, projected, scale, pre, post, read, *state = ctx.saved_tensors
         count, gradient = streams.shape[2], gradient.flatten(0, 1)[:, None]
         pre_gradient = torch.bmm(gradient, streams.flatten(0, 1).mT)[:, 0].mT.view_as(pre)
@@ -161,12 +175,18 @@ def _by_row(gates: Tensor, count: int) -> Tensor:
     return torch.cat([gate.expand(size) for gate, size in zip(gates, sizes, strict=True)])[:, None, None]
 
 
+def _read(streams: Tensor, read: Tensor) -> Tensor:
+    """read [T, 1, C] times streams [B, S, C, M]: [B, S, M]."""
+    with full_precision(streams.device.type):
+        return torch.bmm(read, streams.flatten(0, 1)).view(*streams.shape[:2], -1)
+
+
 def _token_first(x: Tensor, like: Tensor) -> Tensor:
     """[C, B, S] as [T, C], contiguous, or products would copy matrix by matrix."""
     return x.movedim(0, -1).flatten(0, 1).to(like.dtype).contiguous()
 
 
-class UnconstrainedHyperConnection(nn.Module):
+class UnconstrainedHyperConnection(_Connection):
     """HC: X <- B X + C f(A X), with A, B, C static plus a bounded function of each stream (mHC paper eq. 5).
 
     A_j = gate * tanh(theta_A . x_j) + bias, C alike, B[i, j] = gate * tanh(theta_B[i] . x_j) + bias, x_j normalised.
@@ -181,8 +201,8 @@ class UnconstrainedHyperConnection(nn.Module):
         self.static_bias = nn.Parameter(torch.empty(2 * self.count + self.count**2))
         self.gates = nn.Parameter(torch.empty(3))
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Collapsed input [B, S, M], streams, (mixing [source, destination, B, S], post [destination, B, S]), fp32."""
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Coefficients]:
+        """Collapsed input [B, S, M], streams, coefficients."""
         count = self.count
         with full_precision(streams.device.type):
             normalised = rms_norm(full(streams), self.norm_eps)
@@ -194,11 +214,7 @@ class UnconstrainedHyperConnection(nn.Module):
         pre = pre[0] * gates[0] + biases[0][:, None, None]
         post = post[0] * gates[1] + biases[1][:, None, None]
         mixing = mixing.transpose(0, 1) * gates[2] + biases[2].view(count, count, 1, 1)
-        return *collapse(streams, pre), (mixing, post)
-
-    def merge(self, streams: Tensor, output: Tensor, coefficients: tuple[Tensor, Tensor]) -> Tensor:
-        """As `merge_streams`."""
-        return merge_streams(streams, output, *coefficients)
+        return *collapse(streams, pre), Coefficients(mixing, post, _token_first(pre.detach(), streams)[:, None])
 
 
 def merge_streams(streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor) -> Tensor:
@@ -247,9 +263,7 @@ class _Collapse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(streams, pre)
-        with full_precision(streams.device.type):
-            collapsed = torch.bmm(pre, streams.flatten(0, 1))[:, 0].unflatten(0, streams.shape[:2])
-        return collapsed, streams.view_as(streams)
+        return _read(streams, pre), streams.view_as(streams)
 
     @staticmethod
     @once_differentiable

@@ -17,18 +17,19 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> tuple[Tensor, ...]:
     x[i, j] rows[i] columns[j]. Only the denominators are kept: backward multiplies its way to each iterate.
     """
     x = logits.softmax(dim=1) + eps
-    factors, denominators = [torch.ones_like(x[:, 0]), torch.ones_like(x[0])], []
+    factors, turns = [torch.ones_like(x[:, 0]), torch.ones_like(x[0])], _turns(iterations)
     added, products = torch.full_like(x[0], eps), torch.empty_like(x)
-    for turn in _turns(iterations):
+    denominators = x.new_empty(len(turns), *x.shape[1:])
+    for turn, denominator in zip(turns, denominators, strict=True):
         sums = _weighted_sums(x, factors[1 - turn], turn, products)
-        denominators.append(torch.addcmul(added, sums, factors[turn]))
-        factors[turn] = factors[turn] / denominators[-1]
+        torch.addcmul(added, sums, factors[turn], out=denominator)
+        factors[turn] = factors[turn] / denominator
     rows, columns = factors
-    return x * rows[:, None] * columns[None], x, rows, columns, *denominators
+    return x * rows[:, None] * columns[None], x, rows, columns, denominators
 
 
 def sinkhorn_backward(
-    gradient: Tensor, eps: float, x: Tensor, rows: Tensor, columns: Tensor, *denominators: Tensor
+    gradient: Tensor, eps: float, x: Tensor, rows: Tensor, columns: Tensor, denominators: Tensor
 ) -> Tensor:
     """Gradient of the logits [C, C, ...] from that of the matrices and the rest of `sinkhorn`'s results."""
     factors, products = [rows, columns], torch.empty_like(x)
@@ -37,7 +38,7 @@ def sinkhorn_backward(
     gradient = gradient * x
     gradients = [_weighted_sums(gradient, columns, 0, products), _weighted_sums(gradient, rows, 1, products)]
     turns = _turns((len(denominators) + 1) // 2)
-    for turn, denominator in zip(reversed(turns), reversed(denominators), strict=True):
+    for turn, denominator in zip(reversed(turns), denominators.flip(0), strict=True):
         # new = own / denominator, denominator = own * sums + eps, sums = x weighted by the other factor
         other, own_gradient = factors[1 - turn], gradients[turn]
         sums_gradient = factors[turn].square().mul_(own_gradient).neg_()

@@ -105,8 +105,8 @@ class _CombinedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor, down: Tensor, weights: Tensor, groups: Groups, activation: Activation) -> Tensor:
         ctx.save_for_backward(gate_up, down, weights, *groups)
-        ctx.activation = activation
-        hidden = activation(gate_up).mul_(_weights_of_rows(weights, groups, gate_up.dtype))
+        ctx.activation = activation.needed(gate_up)
+        hidden = ctx.activation(gate_up).mul_(_weights_of_rows(weights, groups, gate_up.dtype))
         rows = grouped_product(hidden, down.to(gate_up.dtype), groups.ends)
         return _sum_of_rows(rows, groups.row)
 
@@ -118,10 +118,12 @@ class _CombinedLinear(torch.autograd.Function):
         rows_gradient = gradient.to(dtype).index_select(0, groups.token)
         hidden = ctx.activation(gate_up)
         hidden_gradient = grouped_product(rows_gradient, down.to(dtype).mT, groups.ends)
-        weights_gradient = (hidden_gradient * hidden).sum(-1).to(weights.dtype).index_select(0, groups.row.flatten())
+        weights_gradient = torch.linalg.vecdot(hidden_gradient, hidden).to(weights.dtype)
+        weights_gradient = weights_gradient.index_select(0, groups.row.flatten())
         row_weights = _weights_of_rows(weights, groups, dtype)
         down_gradient = grouped_weight_gradient(rows_gradient, hidden.mul_(row_weights), groups.ends)
-        gate_up_gradient = ctx.activation.backward(gate_up, hidden_gradient * row_weights)
+        del rows_gradient, hidden  # the memory of a step is highest here
+        gate_up_gradient = ctx.activation.backward(gate_up, hidden_gradient.mul_(row_weights))
         return gate_up_gradient, down_gradient.to(down.dtype), weights_gradient.view_as(weights), None, None
 
 
