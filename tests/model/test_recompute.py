@@ -124,7 +124,7 @@ def test_forgetting_frees_memory_until_backward():
     x = torch.randn(5, 7, requires_grad=True)
     middle = x.exp()
     output = (middle * middle).sum()
-    recompute.forget(middle, x.exp, needed_by=output)
+    recompute.forget(middle, again=lambda: [x.exp()], needed_by=output)
     assert middle.untyped_storage().nbytes() == 0
     (gradient,) = torch.autograd.grad(output, x, retain_graph=True)
     (again,) = torch.autograd.grad(output, x)  # what came back stays
@@ -134,13 +134,15 @@ def test_forgetting_frees_memory_until_backward():
 
 def test_nothing_is_forgotten_without_gradients_or_inside_a_recomputed_function(monkeypatch):
     forgotten = []
-    monkeypatch.setattr(recompute, "_Refill", lambda tensor, again: forgotten.append(tensor) or (lambda gradient: None))
+    monkeypatch.setattr(
+        recompute, "_Refill", lambda tensors, again: forgotten.extend(tensors) or (lambda gradient: None)
+    )
     with torch.no_grad():
         fresh()(*BATCH)
     step(fresh("block"))
     assert not forgotten
     step(fresh())
-    assert len(forgotten) == 7 * 3 + 4  # blocks with MTP's: streams and two inputs; outputs of swa, csa and hca, twice
+    assert len(forgotten) == 7 * 5 + 4  # blocks with MTP's: streams and two inputs, twice; outputs of swa, csa and hca
 
 
 def test_what_is_forgotten_is_less_to_keep(monkeypatch):

@@ -55,27 +55,42 @@ class Block(nn.Module):
     def _streams(
         self, streams: Tensor, input_ids: Tensor, document_ids: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
-        x, streams, coefficients = _entered(self.attention_residual, self.attention_norm, streams)
+        x, streams, coefficients = self.attention_residual(streams)
+        normalised = self.attention_norm(x)
         if self._recomputes("attention", cache):
-            x = recomputed(self.attention, x, document_ids)
+            attended = recomputed(self.attention, normalised, document_ids)
         else:
-            x = self.attention(x, document_ids, cache)
-        merge = partial(self.attention_residual.merge, streams, x, coefficients)
+            attended = self.attention(normalised, document_ids, cache)
+        _forget_input(self.attention_residual, self.attention_norm, streams, coefficients, x, normalised, attended)
+
+        merge = partial(self.attention_residual.merge, streams, attended, coefficients)
         between = merge()
-        x, streams, coefficients = _entered(self.ffn_residual, self.ffn_norm, between)
-        x = self.ffn(x, input_ids, document_ids) if self.is_moe else self.ffn(x)
-        output = self.ffn_residual.merge(streams, x, coefficients)
-        forget(between, merge, needed_by=output)
+        x, streams, coefficients = self.ffn_residual(between)
+        normalised = self.ffn_norm(x)
+        transformed = self.ffn(normalised, input_ids, document_ids) if self.is_moe else self.ffn(normalised)
+        _forget_input(self.ffn_residual, self.ffn_norm, streams, coefficients, x, normalised, transformed)
+        output = self.ffn_residual.merge(streams, transformed, coefficients)
+        forget(between, again=lambda: [merge()], needed_by=output)
         return output
 
     def _recomputes(self, level: str, cache: LayerCache | None) -> bool:
         return self.recompute == level and self.training and torch.is_grad_enabled() and cache is None
 
 
-def _entered(residual: nn.Module, norm: RMSNorm, streams: Tensor) -> tuple[Tensor, Tensor, tuple | None]:
-    """A sub-layer's normalised input [B, S, M]; the streams and the coefficients, as the residual module gives them."""
-    x, streams, coefficients = residual(streams)
-    normalised = norm(x)
+def _forget_input(
+    residual: nn.Module,
+    norm: RMSNorm,
+    streams: Tensor,
+    coefficients: tuple | None,
+    x: Tensor,
+    normalised: Tensor,
+    output: Tensor,
+) -> None:
+    """Forget the input x [B, S, M] of a sub-layer, and what its norm made of it: both come back from the streams."""
+
+    def again() -> tuple[Tensor, Tensor]:
+        x = residual.collapse(streams, coefficients)
+        return x, norm(x)
+
     if coefficients is not None:  # or x is a view of the streams
-        forget(x, partial(residual.collapse, streams, coefficients), needed_by=normalised)
-    return normalised, streams, coefficients
+        forget(x, normalised, again=again, needed_by=output)

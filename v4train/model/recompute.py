@@ -5,7 +5,7 @@ attention sub-layer (norm and attention), for less memory at less recomputation.
 single tensors that are all but free to compute again. Results are those of keeping everything, to the last bit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -52,34 +52,36 @@ class _RecomputeFirst(torch.autograd.Function):
         return gradient
 
 
-def forget(tensor: Tensor, again: Callable[[], Tensor], needed_by: Tensor) -> None:
-    """Free the memory of `tensor` until backward comes to what made `needed_by`, and then fill it with `again()`.
+def forget(*tensors: Tensor, again: Callable[[], Sequence[Tensor]], needed_by: Tensor) -> None:
+    """Free the memory of `tensors` until backward comes to what made `needed_by`, and then fill it from `again()`.
 
     Args:
-        tensor: owner of its memory, which nothing reads any more but the backward of operations up to `needed_by`.
-        again: the same values from tensors that are kept anyhow. It reads no parameter, which ZeRO 3 may have freed.
-        needed_by: the last result that backward needs `tensor` for.
+        tensors: owners of their memory, which nothing reads any more but the backward of operations up to `needed_by`.
+        again: the same values, from tensors that are kept anyhow. Parameters it reads through modules alone, which ZeRO
+            3 gathers.
+        needed_by: the last result that backward needs them for.
     """
     if needed_by.requires_grad and not _keeping:
-        needed_by.register_hook(_Refill(tensor, again))
+        needed_by.register_hook(_Refill(tensors, again))
 
 
 class _Refill:
     """A tensor's hook: works once, and then holds nothing that would outlive the backward pass."""
 
-    def __init__(self, tensor: Tensor, again: Callable[[], Tensor]) -> None:
-        self.storage, self.again = tensor.untyped_storage(), again
-        self.size = self.storage.size()
-        self.storage.resize_(0)
+    def __init__(self, tensors: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> None:
+        self.again = again
+        self.freed = [(storage, storage.nbytes()) for storage in (tensor.untyped_storage() for tensor in tensors)]
+        for storage, _ in self.freed:
+            storage.resize_(0)
 
     def __call__(self, gradient: Tensor) -> None:
         if self.again is None:
             return
         with torch.no_grad():
-            value = self.again()
-            self.storage.resize_(self.size)
-            self.storage.copy_(value.untyped_storage())
-        self.storage = self.again = None
+            for (storage, size), value in zip(self.freed, self.again(), strict=True):
+                storage.resize_(size)
+                storage.copy_(value.untyped_storage())
+        self.freed = self.again = None
 
 
 _keeping = False

@@ -3,9 +3,8 @@
 import ctypes
 import platform
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 KEPT = 2**31 - 1  # bytes: as good as all
-GROWTH = 2**28  # bytes taken from the system at a time
 
 
 def keep_freed_memory() -> bool:
@@ -17,5 +16,4 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = {M_MMAP_THRESHOLD: KEPT, M_TRIM_THRESHOLD: KEPT, M_TOP_PAD: GROWTH}
     return all([mallopt(key, value) for key, value in settings.items()])

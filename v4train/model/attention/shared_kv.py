@@ -6,8 +6,6 @@ which the lightning indexer selects the top-k; `hca` adds all entries compressed
 Shapes: B batch, S sequence, M hidden, H heads, D head width, N entries.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -52,11 +50,10 @@ class SharedKVAttention(nn.Module):
         if cache is not None:
             kv = cache["window"].extend(kv)
         output = self.mix(query, Local(kv, None, where.starts, self.options.window), tokens, cache)
-        turn = partial(rotate, output, rotation.conj())
-        turned = turn()
+        turned = rotate(output, rotation.conj())
         grouped = turned.flatten(-2).unflatten(-1, (self.options.o_groups, -1))
         down = self.output_down(grouped)
-        forget(turned, turn, needed_by=down)
+        forget(turned, again=lambda: [rotate(output, rotation.conj())], needed_by=down)
         if cache is not None:
             cache.length += x.shape[1]
         return self.output_up(down.flatten(-2))

@@ -1,5 +1,8 @@
 """Routed experts as stacked matrices, multiplied by `grouped_mm` over tokens sorted by expert; no loop over experts.
 
+On the CPU several experts at a time, with as many rows as a cache holds: what lies between two products never leaves
+it, so that backward makes it again at little cost. Elsewhere all at once, and the first product is kept.
+
 Shapes: T tokens, K experts per token, R = T K rows sorted by expert, E experts, M hidden, I inner width.
 """
 
@@ -14,10 +17,13 @@ from v4train.model.config import ModelConfig
 from v4train.model.ffn import ACTIVATIONS, Activation
 from v4train.model.precision import full
 
+BLOCK_ELEMENTS = 2**19  # of rows [R, M] at a time, on the CPU
+
 
 class Groups(NamedTuple):
     """Rows sorted by expert, one for each expert of each token."""
 
+    expert: Tensor  # [R] int64, ascending
     token: Tensor  # [R] int64, whose row it is
     order: Tensor  # [R] int64, its place in the flattened [T, K]
     row: Tensor  # [T, K] int64, the inverse
@@ -30,7 +36,29 @@ def groups_of(chosen: Tensor, num_experts: int) -> Groups:
     order = flat.argsort(stable=True)
     row = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     ends = torch.bincount(flat, minlength=num_experts).cumsum(0).to(torch.int32)
-    return Groups(order // chosen.shape[1], order, row.view(chosen.shape), ends)
+    return Groups(flat[order], order // chosen.shape[1], order, row.view(chosen.shape), ends)
+
+
+class Block(NamedTuple):
+    """Consecutive experts and their rows."""
+
+    rows: slice
+    experts: slice
+    ends: Tensor  # [experts] int32, as `Groups.ends`, of these rows
+
+
+def blocks_of(groups: Groups, width: int) -> list[Block]:
+    """All rows in blocks of whole experts: on the CPU as many as BLOCK_ELEMENTS of `width` hold, or one."""
+    num_rows, num_experts = groups.token.shape[0], groups.ends.shape[0]
+    if groups.ends.device.type != "cpu":
+        return [Block(slice(0, num_rows), slice(0, num_experts), groups.ends)]
+    ends, blocks, row, expert = groups.ends.tolist(), [], 0, 0
+    for after in range(1, num_experts + 1):
+        if after == num_experts or (ends[after] - row) * width > BLOCK_ELEMENTS:
+            own = slice(expert, after)
+            blocks.append(Block(slice(row, ends[after - 1]), own, groups.ends[own] - row))
+            row, expert = ends[after - 1], after
+    return blocks
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -75,56 +103,67 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-class _GatheredLinear(torch.autograd.Function):
-    """Each row its token's x [T, M] times its expert's matrix [E, out, M]. Saves x, not the K copies of it."""
+class _Experts(torch.autograd.Function):
+    """sum_k w[t, k] down_e(activation(gate_up_e x[t] + bias_e)), e the k-th expert of token t: [T, M].
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-        ctx.dtype = _dtype(x)
-        ctx.save_for_backward(x, weight, *groups)
-        rows = x.to(ctx.dtype).index_select(0, groups.token)
-        return grouped_product(rows, weight.to(ctx.dtype), groups.ends)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        x, weight, *groups = ctx.saved_tensors
-        groups, gradient = Groups(*groups), gradient.contiguous()
-        rows = x.to(ctx.dtype).index_select(0, groups.token)
-        weight_gradient = grouped_weight_gradient(gradient, rows, groups.ends).to(weight.dtype)
-        rows = grouped_product(gradient, weight.to(ctx.dtype).mT, groups.ends)
-        return _sum_of_rows(rows, groups.row).to(x.dtype), weight_gradient, None
-
-
-class _CombinedLinear(torch.autograd.Function):
-    """sum_k w[t, k] down_e(activation(gate_up row)): gate_up [R, 2I], down [E, M, I], w [T, K] -> [T, M].
-
-    Weights are applied to the narrow side of the product, as the released code does (V4.md 2.5). Saves only inputs.
+    x [T, M], gate_up [E, 2I, M], bias [E, 2I] or None, down [E, M, I], w [T, K]. Weights are applied to the narrow side
+    of the second product, as the released code does (V4.md 2.5).
     """
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor, down: Tensor, weights: Tensor, groups: Groups, activation: Activation) -> Tensor:
-        ctx.save_for_backward(gate_up, down, weights, *groups)
-        ctx.activation = activation.needed(gate_up)
-        hidden = ctx.activation(gate_up).mul_(_weights_of_rows(weights, groups, gate_up.dtype))
-        rows = grouped_product(hidden, down.to(gate_up.dtype), groups.ends)
-        return _sum_of_rows(rows, groups.row)
+    def forward(ctx, *arguments):
+        x, gate_up, bias, down, weights, groups, activation = arguments
+        dtype = _dtype(x)
+        first, second = gate_up.to(dtype), down.to(dtype)
+        row_weights = _weights_of_rows(weights, groups, dtype)
+        result = first.new_empty(groups.token.shape[0], x.shape[1])
+        for block in blocks_of(groups, x.shape[1]):
+            projected = _first_product(_rows(x, groups, block, dtype), first, bias, groups, block)
+            hidden = activation.needed(projected)(projected).mul_(row_weights[block.rows])
+            result[block.rows] = grouped_product(hidden, second[block.experts], block.ends)
+        ctx.save_for_backward(x, gate_up, bias, down, weights, None if x.device.type == "cpu" else projected, *groups)
+        ctx.activation, ctx.dtype = activation, dtype
+        return _sum_of_rows(result, groups.row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        gate_up, down, weights, *groups = ctx.saved_tensors
-        groups, dtype = Groups(*groups), gate_up.dtype
-        rows_gradient = gradient.to(dtype).index_select(0, groups.token)
-        hidden = ctx.activation(gate_up)
-        hidden_gradient = grouped_product(rows_gradient, down.to(dtype).mT, groups.ends)
-        weights_gradient = torch.linalg.vecdot(hidden_gradient, hidden).to(weights.dtype)
-        weights_gradient = weights_gradient.index_select(0, groups.row.flatten())
+        x, gate_up, bias, down, weights, kept, *groups = ctx.saved_tensors
+        groups, dtype = Groups(*groups), ctx.dtype
+        first, second, gradient = gate_up.to(dtype), down.to(dtype), gradient.to(dtype)
         row_weights = _weights_of_rows(weights, groups, dtype)
-        down_gradient = grouped_weight_gradient(rows_gradient, hidden.mul_(row_weights), groups.ends)
-        del rows_gradient, hidden  # the memory of a step is highest here
-        gate_up_gradient = ctx.activation.backward(gate_up, hidden_gradient.mul_(row_weights))
-        return gate_up_gradient, down_gradient.to(down.dtype), weights_gradient.view_as(weights), None, None
+        x_gradient, weights_gradient = (
+            first.new_empty(len(row_weights), x.shape[1]),
+            weights.new_empty(len(row_weights)),
+        )
+        gate_up_gradient, down_gradient = torch.empty_like(gate_up), torch.empty_like(down)
+        bias_gradient = None if bias is None else torch.zeros_like(bias)
+        for block in blocks_of(groups, x.shape[1]):
+            here, experts, ends = block
+            rows, rows_gradient = (_rows(source, groups, block, dtype) for source in (x, gradient))
+            projected = _first_product(rows, first, bias, groups, block) if kept is None else kept
+            activation = ctx.activation.needed(projected)
+            hidden, change = activation(projected), grouped_product(rows_gradient, second[experts].mT, ends)
+            weights_gradient[here] = torch.linalg.vecdot(change, hidden)
+            down_gradient[experts] = grouped_weight_gradient(rows_gradient, hidden.mul_(row_weights[here]), ends)
+            change = activation.backward(projected, change.mul_(row_weights[here]))
+            gate_up_gradient[experts] = grouped_weight_gradient(change, rows, ends)
+            if bias is not None:
+                bias_gradient.index_add_(0, groups.expert[here], change.to(bias.dtype))
+            x_gradient[here] = grouped_product(change, first[experts].mT, ends)
+        weights_gradient = weights_gradient.index_select(0, groups.row.flatten()).view_as(weights)
+        x_gradient = _sum_of_rows(x_gradient, groups.row).to(x.dtype)
+        return x_gradient, gate_up_gradient, bias_gradient, down_gradient, weights_gradient, None, None
+
+
+def _rows(x: Tensor, groups: Groups, block: Block, dtype: torch.dtype) -> Tensor:
+    """The rows of a block, from those of tokens [T, M]."""
+    return x.index_select(0, groups.token[block.rows]).to(dtype)
+
+
+def _first_product(rows: Tensor, gate_up: Tensor, bias: Tensor | None, groups: Groups, block: Block) -> Tensor:
+    product = grouped_product(rows, gate_up[block.experts], block.ends)
+    return product if bias is None else product.add_(bias.to(product.dtype)[groups.expert[block.rows]])
 
 
 def _weights_of_rows(weights: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
@@ -148,10 +187,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """sum_k weights[t, k] * E_chosen[t, k](x[t]): [T, M], [T, K] int64, [T, K] -> [T, M]."""
         groups = groups_of(chosen, self.down.shape[0])
-        gate_up = _GatheredLinear.apply(x, self.gate_up.flatten(1, 2), groups)
-        if self.gate_up_bias is not None:
-            gate_up = gate_up + self.gate_up_bias.flatten(1)[chosen.flatten()[groups.order]]
-        output = _CombinedLinear.apply(gate_up, self.down, weights, groups, self.activation)
+        bias = None if self.gate_up_bias is None else self.gate_up_bias.flatten(1)
+        output = _Experts.apply(x, self.gate_up.flatten(1, 2), bias, self.down, weights, groups, self.activation)
         if self.down_bias is not None:
             bias = F.embedding_bag(chosen, full(self.down_bias), mode="sum", per_sample_weights=full(weights))
             output = output + bias.to(output.dtype)
