@@ -16,4 +16,5 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
+    settings = {M_MMAP_THRESHOLD: KEPT, M_TRIM_THRESHOLD: KEPT}
     return all([mallopt(key, value) for key, value in settings.items()])
