@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from v4train.model.cached import blocks
 from v4train.model.config import ModelConfig
 from v4train.model.norm import rms_norm
 from v4train.model.precision import full, full_precision
@@ -41,8 +42,7 @@ class _StreamProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor, streams_gradient: Tensor):
         streams, weight, projected, scale = ctx.saved_tensors
-        total, weight_gradient = _projection_gradients(streams_gradient, gradient, streams, weight, projected, scale)
-        return total.view_as(streams).to(streams.dtype), weight_gradient, None
+        return *_projection_gradients(streams_gradient, gradient, streams, weight, projected, scale), None
 
 
 def _project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -53,16 +53,33 @@ def _project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 
 def _projection_gradients(
-    streams_gradient: Tensor, gradient: Tensor, streams: Tensor, weight: Tensor, projected: Tensor, scale: Tensor
+    streams_gradient: Tensor,
+    gradient: Tensor,
+    streams: Tensor,
+    weight: Tensor,
+    projected: Tensor,
+    scale: Tensor,
+    read: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`streams_gradient` and what `projected`'s gradient adds to it, a new [T, C, M] in fp32; the weight's gradient."""
-    flat = full(streams).flatten(2).flatten(0, 1)
+    """`streams_gradient` and what `projected`'s gradient adds to it, in its shape; the weight's gradient.
+
+    read: [T, 1, C] and its result's gradient [T, 1, M], of whoever read the streams too.
+    """
+    flat = streams.flatten(2).flatten(0, 1)
+    given = streams_gradient.flatten(2).flatten(0, 1)
     # p = s W x, s = (mean(x^2) + eps)^-1/2: dx = s W^T dp - x s^2 mean(p . dp)
-    along = ((gradient * projected).sum(0) * scale.square() / -flat.shape[-1]).flatten()
-    change = (gradient * scale).flatten(1)
-    total = torch.addcmul(full(streams_gradient).flatten(2).flatten(0, 1), flat, along[:, None])
-    total.addmm_(change.mT, full(weight))
-    return total.view(-1, *streams.shape[2:]), torch.mm(change, flat).to(weight.dtype)
+    along = ((gradient * projected).sum(0) * scale.square() / -flat.shape[-1]).flatten()[:, None]
+    change, full_weight = (gradient * scale).flatten(1), full(weight)
+    total, weight_gradient = torch.empty_like(flat), torch.zeros_like(full_weight)
+    for block in blocks(flat):
+        x = full(flat[block])
+        own = torch.addcmul(full(given[block]), x, along[block]).addmm_(change[:, block].mT, full_weight)
+        if read is not None:
+            of_read, gradient_of_read = (full(part[block]) for part in read)
+            own.view(-1, *streams.shape[2:]).baddbmm_(of_read.mT, gradient_of_read)
+        total[block] = own
+        weight_gradient.addmm_(change[:, block], x)
+    return total.view_as(streams), weight_gradient.to(weight.dtype)
 
 
 class PlainResidual(nn.Module):
@@ -161,12 +178,10 @@ class _Site(torch.autograd.Function):
         parts = (logits_gradient * projected).sum((1, 2)).split([count, count, count * count])
         gates_gradient = torch.stack([part.sum() for part in parts])
         projected_gradient = logits_gradient * _by_row(full(gates), count)
-        given = (streams, weight, projected, scale)
-        total, weight_gradient = _projection_gradients(streams_gradient, projected_gradient, *given)
-        total.baddbmm_(full(read).mT, full(gradient))
+        given = (streams, weight, projected, scale, (read, gradient))
+        results = _projection_gradients(streams_gradient, projected_gradient, *given)
         bias_gradient = logits_gradient.sum((1, 2))
-        results = (gates_gradient.to(gates.dtype), bias_gradient.to(gates.dtype), None, None, None)
-        return total.view_as(streams).to(streams.dtype), weight_gradient, *results
+        return *results, gates_gradient.to(gates.dtype), bias_gradient.to(gates.dtype), None, None, None
 
 
 def _by_row(gates: Tensor, count: int) -> Tensor:
@@ -234,22 +249,28 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor) -> Tensor:
         ctx.save_for_backward(streams, output, mixing, post)
+        merged, tokens, output = torch.empty_like(streams), streams.flatten(0, 1), output.flatten(0, 1)[:, None]
         with full_precision(streams.device.type):
-            merged = post * output.flatten(0, 1)[:, None]
-            # Not baddbmm_, which torch's FLOP counter doesn't know (2.13)
-            return torch.baddbmm(merged, mixing, streams.flatten(0, 1), out=merged).view_as(streams)
+            for block in blocks(tokens):
+                own = torch.mul(post[block], output[block], out=merged.flatten(0, 1)[block])
+                torch.baddbmm(own, mixing[block], tokens[block], out=own)
+        return merged
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         streams, output, mixing, post = ctx.saved_tensors
+        results = [torch.empty_like(x) for x in (streams, output, mixing, post)]
+        tokens, outputs, gradient = streams.flatten(0, 1), output.flatten(0, 1)[:, :, None], gradient.flatten(0, 1)
+        into = [results[0].flatten(0, 1), results[1].flatten(0, 1)[:, None], *results[2:]]
         with full_precision(streams.device.type):
-            gradient, output = gradient.flatten(0, 1), output.flatten(0, 1)
-            streams_gradient = torch.bmm(mixing.mT, gradient).view_as(streams)
-            output_gradient = torch.bmm(post.mT, gradient).view(*streams.shape[:2], -1)
-            mixing_gradient = torch.bmm(gradient, streams.flatten(0, 1).mT)
-            post_gradient = torch.linalg.vecdot(gradient, output[:, None])[..., None]  # bmm is slower with one column
-            return streams_gradient, output_gradient, mixing_gradient, post_gradient
+            for block in blocks(tokens):
+                own, (x, o, m, p) = gradient[block], (part[block] for part in into)
+                torch.bmm(mixing[block].mT, own, out=x)
+                torch.bmm(post[block].mT, own, out=o)
+                torch.bmm(own, tokens[block].mT, out=m)
+                torch.bmm(own, outputs[block], out=p)
+        return tuple(results)
 
 
 def collapse(streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from v4train.model.cached import CACHED
 from v4train.model.config import ModelConfig
 from v4train.model.ffn import ACTIVATIONS, Activation
 from v4train.model.precision import full
-
-BLOCK_ELEMENTS = 2**19  # of rows [R, M] at a time, on the CPU
 
 
 class Groups(NamedTuple):
@@ -48,13 +47,13 @@ class Block(NamedTuple):
 
 
 def blocks_of(groups: Groups, width: int) -> list[Block]:
-    """All rows in blocks of whole experts: on the CPU as many as BLOCK_ELEMENTS of `width` hold, or one."""
+    """All rows in blocks of whole experts: on the CPU as many as CACHED of `width` hold, or one."""
     num_rows, num_experts = groups.token.shape[0], groups.ends.shape[0]
     if groups.ends.device.type != "cpu":
         return [Block(slice(0, num_rows), slice(0, num_experts), groups.ends)]
     ends, blocks, row, expert = groups.ends.tolist(), [], 0, 0
     for after in range(1, num_experts + 1):
-        if after == num_experts or (ends[after] - row) * width > BLOCK_ELEMENTS:
+        if after == num_experts or (ends[after] - row) * width > CACHED:
             own = slice(expert, after)
             blocks.append(Block(slice(row, ends[after - 1]), own, groups.ends[own] - row))
             row, expert = ends[after - 1], after
