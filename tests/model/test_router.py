@@ -1,4 +1,4 @@
-"""Experts, routers and balance against loops over tokens and experts."""
+"""Routers, balance and loads against loops over tokens and experts."""
 
 import math
 from collections import Counter
@@ -7,159 +7,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from tests.model.mixtures import EXPERTS, HIDDEN, TOP_K, config_of, filled, random
 from tests.model.packings import batch_of
 from tests.models import random_model, random_tokens, tiny_config
-from v4train.model.ffn import ACTIVATIONS, Activation
-from v4train.model.linear import GroupedLinear, StackedLinear
 from v4train.model.losses import Losses
-from v4train.model.moe import MoE
 from v4train.model.moe.balance import max_violation, sequence_balance_loss
-from v4train.model.moe.experts import Experts, grouped_product, grouped_weight_gradient
 from v4train.model.moe.router import HashRouter, ScoreRouter, affinities, balanced_table
-
-EXPERTS, TOP_K, HIDDEN = 5, 2, 6
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def config_of(**changes):
-    sizes = {"moe__num_experts": EXPERTS, "moe__top_k": TOP_K, "hidden_size": HIDDEN, "moe__intermediate_size": 3}
-    return tiny_config("swa swa", **{**sizes, **changes})
-
-
-def filled(module, scale=1.0, dtype=torch.float64):
-    module = module.to(dtype)
-    with torch.no_grad():
-        for seed, tensor in enumerate([*module.parameters(), *module.buffers()]):
-            if tensor.is_floating_point():
-                tensor.copy_(scale * random(*tensor.shape, seed=seed + 10))
-    return module
-
-
-def naive_expert(x, gate, up, down, limit):
-    """One SwiGLU of one token [M], number by number."""
-    hidden = []
-    for g, u in zip(gate @ x, up @ x, strict=True):
-        g, u = (
-            torch.minimum(g, g.new_tensor(limit)),
-            torch.maximum(torch.minimum(u, u.new_tensor(limit)), -u.new_tensor(limit)),
-        )
-        hidden.append(g / (1 + (-g).exp()) * u)
-    return down @ torch.stack(hidden)
-
-
-def swiglu(gate, up, limit):
-    return Activation(*ACTIVATIONS["swiglu"], limit)(torch.cat([gate, up], -1))
-
-
-# -- experts ----------------------------------------------------------------------------------------------------------
-
-
-def test_experts_token_by_token():
-    """Values and gradients, with experts that get nothing and a clamp that bites."""
-    config = config_of(moe__swiglu_limit=1.5)
-    experts = filled(Experts(config))
-    x, weights = random(9, HIDDEN).requires_grad_(), random(9, TOP_K, seed=1).requires_grad_()
-    chosen = torch.tensor([[0, 3], [3, 0], [4, 3], [3, 4], [0, 4], [0, 3], [4, 0], [3, 0], [4, 3]])  # not 1, not 2
-    ours = experts(x, chosen, weights)
-    rows = []
-    for token in range(9):
-        parts = [(weights[token, k], chosen[token, k]) for k in range(TOP_K)]
-        rows.append(sum(w * naive_expert(x[token], *experts.gate_up[e], experts.down[e], 1.5) for w, e in parts))
-    theirs = torch.stack(rows)
-    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
-    inputs, cotangent = (x, weights, *experts.parameters()), random(9, HIDDEN, seed=2)
-    gradients = [torch.autograd.grad(output, inputs, cotangent) for output in (ours, theirs)]
-    for mine, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-12, rtol=0)
-    assert gradients[0][2][1:3].abs().sum() == 0 and gradients[0][2][0].abs().sum() > 0
-
-
-@pytest.mark.parametrize("shared", [1, 2])
-def test_shared_expert_token_by_token(shared):
-    expert = filled(MoE(config_of(moe__num_shared_experts=shared, moe__swiglu_limit=1.5), Losses(), True).shared)
-    assert expert.gate_up.weight.shape == (2, 3 * shared, HIDDEN)
-    x = random(2, 4, HIDDEN)
-    expected = torch.stack([naive_expert(t, *expert.gate_up.weight, expert.down.weight, 1.5) for t in x.flatten(0, 1)])
-    torch.testing.assert_close(expert(x).flatten(0, 1), expected, atol=1e-12, rtol=0)
-
-
-def test_swiglu_clamps_gate_above_and_up_on_both_sides():
-    gate, up = torch.tensor([-50.0, 2.0, 50.0, 50.0, 2.0]), torch.tensor([3.0, 50.0, 3.0, -50.0, -3.0])
-
-    def silu(x):
-        return x / (1 + math.exp(-x))
-
-    expected = [silu(-50) * 3, silu(2) * 10, silu(10) * 3, silu(10) * -10, silu(2) * -3]
-    assert swiglu(gate, up, 10.0).tolist() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("limit", [None, 0.8])
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_gradient_of_the_activation(name, limit):
-    """Against autograd on the formula, where the clamp bites and where it does not."""
-    gate_up, cotangent = random(7, 12).requires_grad_(), random(7, 6, seed=1)
-    activation = Activation(*ACTIVATIONS[name], limit)
-    gate, up = gate_up.chunk(2, -1)
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    slope, shift = {"swiglu": (1, 0), "swiglu_oai": (1.702, 1)}[name]
-    formula = gate * torch.sigmoid(slope * gate) * (up + shift)
-    torch.testing.assert_close(activation(gate_up.detach()), formula.detach(), atol=1e-12, rtol=0)
-    expected = torch.autograd.grad(formula, gate_up, cotangent)[0]
-    torch.testing.assert_close(activation.backward(gate_up.detach(), cotangent), expected, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("sizes", [(8, 16), (5, 3), (7, 8), (1, 1)])
-@pytest.mark.parametrize("rows", [[3, 0, 4, 1], [0, 0, 0, 8], [1, 0, 0, 0], [0, 0, 0, 0]])
-def test_grouped_products(rows, sizes, dtype):
-    """Odd widths, groups without rows, no rows at all; the product, the one back, and the weight's gradient."""
-    width, outputs = sizes
-    x, weight = random(sum(rows), width).to(dtype), random(len(rows), outputs, width, seed=1).to(dtype)
-    gradient = random(sum(rows), outputs, seed=2).to(dtype)
-    ends = torch.tensor(rows).cumsum(0).to(torch.int32)
-    exact_x, exact_weight = (tensor.double().requires_grad_() for tensor in (x, weight))
-    product = torch.cat([part @ exact_weight[group].T for group, part in enumerate(exact_x.split(rows))])
-    expected = [product.detach(), *torch.autograd.grad(product, (exact_x, exact_weight), gradient.double())]
-    ours = [
-        grouped_product(x, weight, ends),
-        grouped_product(gradient, weight.mT, ends),
-        grouped_weight_gradient(gradient, x, ends),
-    ]
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
-    for mine, other in zip(ours, expected, strict=True):
-        assert mine.dtype == dtype
-        torch.testing.assert_close(mine.double(), other, atol=tolerance, rtol=tolerance)
-
-
-def test_autocast_multiplies_in_bf16():
-    """Values and gradients are those of fp32 to bf16's rounding, and come back in the inputs' own dtypes."""
-    experts = filled(Experts(config_of()), 0.5, torch.float32)
-    x, weights = random(9, HIDDEN, dtype=torch.float32).requires_grad_(), random(9, TOP_K, dtype=torch.float32, seed=1)
-    chosen, inputs = torch.arange(9)[:, None].add(torch.tensor([0, 1])) % EXPERTS, (x, *experts.parameters())
-    results = []
-    for enabled in (True, False):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            output = experts(x, chosen, weights)
-        assert output.dtype == (torch.bfloat16 if enabled else torch.float32)
-        results.append([output.float(), *torch.autograd.grad(output.float().square().sum(), inputs)])
-    for rounded, exact in zip(*results, strict=True):
-        assert rounded.dtype == torch.float32
-        assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
-
-
-def test_stacked_and_grouped_projections():
-    x, stacked = random(2, 3, 4), filled(StackedLinear(3, 4, 5))
-    torch.testing.assert_close(stacked(x), torch.cat([x @ matrix.T for matrix in stacked.weight], -1))
-    x, grouped = random(2, 3, 6, 4), filled(GroupedLinear(6, 4, 5))
-    expected = torch.stack([x[:, :, group] @ grouped.weight[group].T for group in range(6)], 2)
-    torch.testing.assert_close(grouped(x), expected)
-
-
-# -- routers ----------------------------------------------------------------------------------------------------------
 
 
 def route(router, batch=2, length=7, seed=3, ids=None):
@@ -229,28 +82,6 @@ def test_gpt_oss_routing_is_a_softmax_over_the_chosen_logits():
     torch.testing.assert_close(weights, best.values.softmax(-1))
     weights[..., 0].sum().backward()
     assert router.logit_bias.grad.abs().sum() > 0
-
-
-def test_gpt_oss_experts_token_by_token():
-    """Biases, and (up + 1) * gate * sigmoid(1.702 gate) with its clamps."""
-    experts = filled(Experts(config_of(moe__expert_bias=True, moe__activation="swiglu_oai", moe__swiglu_limit=1.5)))
-    x, chosen = random(9, HIDDEN), torch.randint(0, EXPERTS, (9, TOP_K), generator=torch.Generator().manual_seed(0))
-    weights = random(9, TOP_K, seed=1)
-    ours = experts(x, chosen, weights)
-    for token in range(9):
-        expected = torch.zeros(HIDDEN, dtype=torch.float64)
-        for k in range(TOP_K):
-            e = chosen[token, k]
-            gate, up = (experts.gate_up[e, part] @ x[token] + experts.gate_up_bias[e, part] for part in (0, 1))
-            gate, up = gate.clamp(max=1.5), up.clamp(-1.5, 1.5)
-            inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-            expected = expected + weights[token, k] * (experts.down[e] @ inner + experts.down_bias[e])
-        torch.testing.assert_close(ours[token], expected, atol=1e-12, rtol=0)
-
-
-def test_no_limit_is_no_clamp():
-    gate, up = torch.tensor([-50.0, 2.0, 50.0]), torch.tensor([3.0, 50.0, -50.0])
-    assert swiglu(gate, up, None).tolist() == pytest.approx((torch.nn.functional.silu(gate) * up).tolist())
 
 
 def test_hashed_tokens_take_their_row_of_the_table():
