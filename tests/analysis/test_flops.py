@@ -167,8 +167,8 @@ def unparametrised(config, tokens):
     layers, heads = config.num_layers + config.mtp.num_layers, 1 + config.mtp.num_layers
     hidden, streams = config.hidden_size, config.num_streams
     mixed = 0
-    if config.residual.kind != "plain":  # collapse, then streams and output into streams, at two sites a layer
-        mixed += 2 * layers * hidden * (streams + streams * (streams + 1))
+    if config.residual.kind != "plain":  # collapse, then streams into streams, at two sites a layer
+        mixed += 2 * layers * hidden * (streams + streams * streams)
     if config.residual.kind == "mhc":
         mixed += heads * hidden * streams
     return 2 * tokens * mixed

@@ -156,7 +156,7 @@ def test_no_limit_is_no_clamp():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_blocks_of_experts_are_computed_as_one(bias, monkeypatch):
+def test_ranges_of_experts_are_computed_as_one(bias, monkeypatch):
     """As many rows at a time as a cache holds, or the rows of one expert; some experts have none."""
     experts = filled(Experts(config_of(moe__num_experts=9, moe__expert_bias=bias)))
     chosen = torch.randint(0, 7, (40, TOP_K), generator=torch.Generator().manual_seed(0))
@@ -165,7 +165,7 @@ def test_blocks_of_experts_are_computed_as_one(bias, monkeypatch):
     for limit in (1, 20 * HIDDEN, 2**20):
         monkeypatch.setattr(implementation, "CACHED", limit)
         groups = implementation.groups_of(chosen, 9)
-        blocks = implementation.blocks_of(groups, HIDDEN)
+        blocks = implementation.ranges_of(groups, HIDDEN)
         assert (len(blocks) == 1) == (limit == 2**20)
         assert blocks[-1].rows.stop == chosen.numel() and blocks[-1].experts.stop == 9
         x, weights = random(40, HIDDEN).requires_grad_(), random(40, TOP_K, seed=1).requires_grad_()

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tests.model.memory import LiveBytes
 from tests.model.packings import batch_of
@@ -113,7 +114,7 @@ def test_unknown_levels_are_refused():
 
 def test_what_is_forgotten_comes_back_to_the_last_bit(monkeypatch):
     got = step(fresh())
-    monkeypatch.setattr(recompute, "_keeping", True)
+    monkeypatch.setattr(recompute, "_watched", lambda module: True)
     expected = step(fresh())
     for name, value in expected.items():
         assert (value is None) == (got[name] is None), name
@@ -121,15 +122,48 @@ def test_what_is_forgotten_comes_back_to_the_last_bit(monkeypatch):
 
 
 def test_forgetting_frees_memory_until_backward():
-    x = torch.randn(5, 7, requires_grad=True)
+    x, module = torch.randn(5, 7, requires_grad=True), torch.nn.Identity()
     middle = x.exp()
     output = (middle * middle).sum()
-    recompute.forget(middle, again=lambda: [x.exp()], needed_by=output)
+    recompute.forget(middle, again=lambda: [x.exp()], needed_by=output, inside=module)
     assert middle.untyped_storage().nbytes() == 0
     (gradient,) = torch.autograd.grad(output, x, retain_graph=True)
     (again,) = torch.autograd.grad(output, x)  # what came back stays
     torch.testing.assert_close(gradient, 2 * (2 * x.detach()).exp())
     assert torch.equal(again, gradient)
+
+
+def test_what_comes_back_may_be_laid_out_otherwise():
+    x = torch.randn(5, 7, requires_grad=True)
+    middle = x.mT.contiguous().exp()
+    output = (middle * middle).sum()
+    recompute.forget(middle, again=lambda: [x.exp().mT], needed_by=output, inside=torch.nn.Identity())
+    output.backward()
+    torch.testing.assert_close(x.grad, 2 * (2 * x.detach()).exp())
+
+
+@pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
+def test_what_is_forgotten_comes_back_in_any_residual_and_dtype(residual, monkeypatch):
+    results = {}
+    for kept in (False, True):
+        monkeypatch.setattr(recompute, "_watched", lambda module, kept=kept: kept)
+        for dtype in (torch.float32, torch.bfloat16):
+            model = fresh(residual__kind=residual)
+            model.blocks[1].attention.requires_grad_(False)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                model(*BATCH).loss.backward()
+            results[kept, dtype] = [parameter.grad for parameter in model.parameters()]
+    for dtype in (torch.float32, torch.bfloat16):
+        for ours, expected in zip(results[False, dtype], results[True, dtype], strict=True):
+            assert (ours is None) == (expected is None) and (ours is None or torch.equal(ours, expected))
+
+
+def test_what_a_hook_was_given_stays_readable():
+    model, seen = fresh(), []
+    model.blocks[0].ffn.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    loss = model(*BATCH).loss
+    assert seen[0].isfinite().all()
+    loss.backward()
 
 
 def test_nothing_is_forgotten_without_gradients_or_inside_a_recomputed_function(monkeypatch):
@@ -139,7 +173,10 @@ def test_nothing_is_forgotten_without_gradients_or_inside_a_recomputed_function(
     )
     with torch.no_grad():
         fresh()(*BATCH)
+    fresh().eval()(*BATCH)
     step(fresh("block"))
+    model = fresh()
+    checkpoint(lambda *batch: model(*batch).loss, *BATCH, use_reentrant=False).backward()
     assert not forgotten
     step(fresh())
     assert len(forgotten) == 7 * 5 + 4  # blocks with MTP's: streams and two inputs, twice; outputs of swa, csa and hca
@@ -147,5 +184,5 @@ def test_nothing_is_forgotten_without_gradients_or_inside_a_recomputed_function(
 
 def test_what_is_forgotten_is_less_to_keep(monkeypatch):
     kept = live_after_forward("none", 2)
-    monkeypatch.setattr(recompute, "_keeping", True)
+    monkeypatch.setattr(recompute, "_watched", lambda module: True)
     assert kept < 0.88 * live_after_forward("none", 2)

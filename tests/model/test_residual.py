@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.models import tiny_config
+from v4train.model import cached
 from v4train.model.residual import (
     HyperConnection,
     PlainResidual,
@@ -13,6 +14,7 @@ from v4train.model.residual import (
     StreamCollapse,
     StreamSum,
     UnconstrainedHyperConnection,
+    merge_streams,
 )
 from v4train.model.sinkhorn import sinkhorn, sinkhorn_backward
 
@@ -145,15 +147,37 @@ def test_hyper_connection_token_by_token():
                 torch.testing.assert_close(merged[b, t], expected, atol=1e-12, rtol=0)
 
 
-def test_gradient_of_hyper_connection():
+@pytest.mark.parametrize("cached_tokens", [1, 2, 100])
+def test_gradient_of_hyper_connection(cached_tokens, monkeypatch):
+    """Passes over tokens that a cache doesn't hold all are made in blocks."""
+    monkeypatch.setattr(cached, "CACHED", cached_tokens * STREAMS * HIDDEN)
     module, _ = module_of(HyperConnection, residual__sinkhorn_iterations=5)
-    streams = random(1, 2, STREAMS, HIDDEN, seed=9).requires_grad_()
+    streams = random(1, 3, STREAMS, HIDDEN, seed=9).requires_grad_()
 
     def residual(streams, *_):
         x, streams, coefficients = module(streams)
         return module.merge(streams, x.sin(), coefficients)
 
     assert torch.autograd.gradcheck(residual, (streams, *module.parameters()))
+
+
+def test_merging_takes_tensors_of_any_layout():
+    streams, output = random(3, 2, STREAMS, HIDDEN).transpose(0, 1), random(3, 2, HIDDEN, seed=1).transpose(0, 1)
+    mixing, post = random(STREAMS, STREAMS, 2, 3, seed=2), random(STREAMS, 2, 3, seed=3)
+    inputs = [x.requires_grad_() for x in (streams, output, mixing, post)]
+    merged = merge_streams(*inputs)
+    expected = torch.einsum("jkbs,bsjm->bskm", mixing, streams) + torch.einsum("kbs,bsm->bskm", post, output)
+    torch.testing.assert_close(merged, expected)
+    gradients = (torch.autograd.grad(x.sin().sum(), inputs) for x in (merged, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_no_tokens_at_all():
+    module, _ = module_of(HyperConnection)
+    x, streams, coefficients = module(random(1, 0, STREAMS, HIDDEN))
+    assert x.shape == (1, 0, HIDDEN)
+    assert module.merge(streams, x, coefficients).shape == (1, 0, STREAMS, HIDDEN)
 
 
 def test_collapse_token_by_token():

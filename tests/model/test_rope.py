@@ -1,5 +1,6 @@
 """Rotary embedding against closed forms (V4.md 0.1)."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 from tests.models import PLAIN_ROPE as PLAIN
 from tests.models import YARN_ROPE as YARN
-from v4train.model.rope import inverse_frequencies, rotate, rotations
+from v4train.model.norm import rms_norm
+from v4train.model.rope import inverse_frequencies, rotate, rotate_normalised, rotations
 
 CPU = torch.device("cpu")
 
@@ -77,3 +79,18 @@ def test_products_depend_on_the_distance_alone(rope):
         diagonal = products.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=2e-5, rtol=0)
     assert (products[0] - products[0, 0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+def test_rotation_of_what_is_normalised_is_both_one_after_the_other(factor, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 12, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    gradient = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
+    rotation = rotations(torch.arange(10).view(2, 5), 8, dataclasses.replace(PLAIN, attention_factor=factor))
+    results = []
+    for y in (rotate_normalised(x, rotation, 0.1), rotate(rms_norm(x, 0.1), rotation)):
+        results.append((y, *torch.autograd.grad(y, x, gradient)))
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)

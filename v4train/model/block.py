@@ -1,5 +1,6 @@
 """One decoder block: residual(attention), residual(ffn)."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from v4train.model.losses import Losses
 from v4train.model.moe import MoE
 from v4train.model.norm import RMSNorm
 from v4train.model.recompute import forget, recomputed
-from v4train.model.residual import RESIDUALS
+from v4train.model.residual import RESIDUALS, Coefficients
 
 
 class Block(nn.Module):
@@ -61,36 +62,32 @@ class Block(nn.Module):
             attended = recomputed(self.attention, normalised, document_ids)
         else:
             attended = self.attention(normalised, document_ids, cache)
-        _forget_input(self.attention_residual, self.attention_norm, streams, coefficients, x, normalised, attended)
+        if coefficients is not None:  # or x is a view of the streams
+            again = self._input_again(self.attention_residual, self.attention_norm, streams, coefficients)
+            forget(x, normalised, again=again, needed_by=attended, inside=self)
 
         merge = partial(self.attention_residual.merge, streams, attended, coefficients)
         between = merge()
         x, streams, coefficients = self.ffn_residual(between)
         normalised = self.ffn_norm(x)
         transformed = self.ffn(normalised, input_ids, document_ids) if self.is_moe else self.ffn(normalised)
-        _forget_input(self.ffn_residual, self.ffn_norm, streams, coefficients, x, normalised, transformed)
         output = self.ffn_residual.merge(streams, transformed, coefficients)
-        forget(between, again=lambda: [merge()], needed_by=output)
+        if coefficients is not None:
+            again = self._input_again(self.ffn_residual, self.ffn_norm, streams, coefficients)
+            forget(x, normalised, again=again, needed_by=transformed, inside=self)
+            forget(between, again=lambda: [merge()], needed_by=output, inside=self)
         return output
+
+    def _input_again(
+        self, residual: nn.Module, norm: RMSNorm, streams: Tensor, coefficients: Coefficients
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """What gives the input [B, S, M] of a sub-layer, and what its norm makes of it, once more."""
+
+        def again() -> tuple[Tensor, Tensor]:
+            x = residual.collapse(streams, coefficients)
+            return x, norm(x)
+
+        return again
 
     def _recomputes(self, level: str, cache: LayerCache | None) -> bool:
         return self.recompute == level and self.training and torch.is_grad_enabled() and cache is None
-
-
-def _forget_input(
-    residual: nn.Module,
-    norm: RMSNorm,
-    streams: Tensor,
-    coefficients: tuple | None,
-    x: Tensor,
-    normalised: Tensor,
-    output: Tensor,
-) -> None:
-    """Forget the input x [B, S, M] of a sub-layer, and what its norm made of it: both come back from the streams."""
-
-    def again() -> tuple[Tensor, Tensor]:
-        x = residual.collapse(streams, coefficients)
-        return x, norm(x)
-
-    if coefficients is not None:  # or x is a view of the streams
-        forget(x, normalised, again=again, needed_by=output)

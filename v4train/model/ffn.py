@@ -50,7 +50,7 @@ class Activation(NamedTuple):
         if self.limit is None or gate_up.device.type != "cpu" or not gate_up.numel():
             return self
         low, high = gate_up.aminmax()
-        return self._replace(limit=None) if max(-low.item(), high.item()) <= self.limit else self
+        return self._replace(limit=None) if max(-low.item(), high.item()) < self.limit else self
 
     def _clamped(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = gate_up.chunk(2, dim=-1)

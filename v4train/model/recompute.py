@@ -2,14 +2,14 @@
 
 `block`: a whole block, so that only its input streams stay alive between forward and backward. `attention`: the
 attention sub-layer (norm and attention), for less memory at less recomputation. Whatever the level, `forget` is for
-single tensors that are all but free to compute again. Results are those of keeping everything, to the last bit.
+single tensors that are all but free to compute again. Results are those of keeping everything, to the last bit (with
+`compile=true` up to rounding, because what was forgotten comes back from the code that isn't compiled).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 RECOMPUTE_LEVELS = ("none", "block", "attention")
@@ -20,13 +20,8 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
     What it records for the log is recorded once: `Losses.recording` is False inside backward.
     """
-
-    def whole(*again: Tensor) -> Tensor:
-        with _nothing_forgotten():
-            return _RecomputeFirst.apply(function(*again))
-
     return checkpoint(
-        whole,
+        lambda *again: _RecomputeFirst.apply(function(*again)),
         *inputs,
         use_reentrant=False,
         preserve_rng_state=False,  # nothing in the model draws random numbers
@@ -52,16 +47,19 @@ class _RecomputeFirst(torch.autograd.Function):
         return gradient
 
 
-def forget(*tensors: Tensor, again: Callable[[], Sequence[Tensor]], needed_by: Tensor) -> None:
+def forget(*tensors: Tensor, again: Callable[[], Sequence[Tensor]], needed_by: Tensor, inside: nn.Module) -> None:
     """Free the memory of `tensors` until backward comes to what made `needed_by`, and then fill it from `again()`.
 
+    In training only, and not where somebody else has a hand in it: a checkpoint around, or hooks that may have handed
+    the tensors out (ZeRO 3's, a profiler's, a user's).
+
     Args:
-        tensors: owners of their memory, which nothing reads any more but the backward of operations up to `needed_by`.
-        again: the same values, from tensors that are kept anyhow. Parameters it reads through modules alone, which ZeRO
-            3 gathers.
+        tensors: nothing reads them any more but the backward of operations up to `needed_by`, through it.
+        again: the same values, from tensors that are kept anyhow.
         needed_by: the last result that backward needs them for.
+        inside: the module within which modules see them.
     """
-    if needed_by.requires_grad and not _keeping:
+    if inside.training and needed_by.requires_grad and not _in_checkpoint() and not _watched(inside):
         needed_by.register_hook(_Refill(tensors, again))
 
 
@@ -69,30 +67,29 @@ class _Refill:
     """A tensor's hook: works once, and then holds nothing that would outlive the backward pass."""
 
     def __init__(self, tensors: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> None:
-        self.again = again
-        self.freed = [(storage, storage.nbytes()) for storage in (tensor.untyped_storage() for tensor in tensors)]
-        for storage, _ in self.freed:
-            storage.resize_(0)
+        # `.data`, because filling it again is no modification that autograd should see
+        self.again, self.tensors = again, [tensor.data for tensor in tensors]
+        self.sizes = [tensor.untyped_storage().nbytes() for tensor in tensors]
+        for tensor in tensors:
+            tensor.untyped_storage().resize_(0)
 
     def __call__(self, gradient: Tensor) -> None:
         if self.again is None:
             return
         with torch.no_grad():
-            for (storage, size), value in zip(self.freed, self.again(), strict=True):
-                storage.resize_(size)
-                storage.copy_(value.untyped_storage())
-        self.freed = self.again = None
+            for tensor, size, value in zip(self.tensors, self.sizes, self.again(), strict=True):
+                tensor.untyped_storage().resize_(size)
+                tensor.copy_(value)
+        self.tensors = self.again = None
 
 
-_keeping = False
+def _in_checkpoint() -> bool:
+    """Whether others decide how tensors are saved: torch's checkpoint in both of its passes, `save_on_cpu`."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-@contextmanager
-def _nothing_forgotten() -> Iterator[None]:
-    """Inside a recomputed function: it keeps nothing in its first run, and needs all at once in its second."""
-    global _keeping
-    before, _keeping = _keeping, True
-    try:
-        yield
-    finally:
-        _keeping = before
+def _watched(module: nn.Module) -> bool:
+    watching = torch.nn.modules.module
+    if watching._global_forward_hooks or watching._global_forward_pre_hooks:
+        return True
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())

@@ -70,7 +70,7 @@ def _projection_gradients(
     # p = s W x, s = (mean(x^2) + eps)^-1/2: dx = s W^T dp - x s^2 mean(p . dp)
     along = ((gradient * projected).sum(0) * scale.square() / -flat.shape[-1]).flatten()[:, None]
     change, full_weight = (gradient * scale).flatten(1), full(weight)
-    total, weight_gradient = torch.empty_like(flat), torch.zeros_like(full_weight)
+    total, weight_gradient = flat.new_empty(flat.shape), torch.zeros_like(full_weight)
     for block in blocks(flat):
         x = full(flat[block])
         own = torch.addcmul(full(given[block]), x, along[block]).addmm_(change[:, block].mT, full_weight)
@@ -145,7 +145,7 @@ class HyperConnection(_Connection):
 
 class _Site(torch.autograd.Function):
     """What a site computes of its streams before the sub-layer, as one function: its backward passes over the streams'
-    gradient once and in place. pre = sigmoid(.) + eps, post = 2 sigmoid(.), mixing = sinkhorn(.)."""
+    gradient once. pre = sigmoid(.) + eps, post = 2 sigmoid(.), mixing = sinkhorn(.)."""
 
     @staticmethod
     def forward(ctx, streams: Tensor, weight: Tensor, gates: Tensor, bias: Tensor, iterations: int, *epsilons: float):
@@ -167,7 +167,8 @@ class _Site(torch.autograd.Function):
     def backward(ctx, gradient: Tensor, streams_gradient: Tensor, mixing_gradient: Tensor, post_gradient: Tensor, _):
         streams, weight, gates, projected, scale, pre, post, read, *state = ctx.saved_tensors
         count, gradient = streams.shape[2], gradient.flatten(0, 1)[:, None]
-        pre_gradient = torch.bmm(gradient, streams.flatten(0, 1).mT)[:, 0].mT.view_as(pre)
+        with full_precision(streams.device.type):
+            pre_gradient = torch.bmm(gradient, streams.flatten(0, 1).mT)[:, 0].mT.view_as(pre)
         logits_gradient = torch.cat(
             [
                 full(pre_gradient) * pre * (1 - pre),
@@ -193,7 +194,7 @@ def _by_row(gates: Tensor, count: int) -> Tensor:
 def _read(streams: Tensor, read: Tensor) -> Tensor:
     """read [T, 1, C] times streams [B, S, C, M]: [B, S, M]."""
     with full_precision(streams.device.type):
-        return torch.bmm(read, streams.flatten(0, 1)).view(*streams.shape[:2], -1)
+        return torch.bmm(read, streams.flatten(0, 1)).view(*streams.shape[:2], streams.shape[-1])
 
 
 def _token_first(x: Tensor, like: Tensor) -> Tensor:
@@ -249,7 +250,8 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor) -> Tensor:
         ctx.save_for_backward(streams, output, mixing, post)
-        merged, tokens, output = torch.empty_like(streams), streams.flatten(0, 1), output.flatten(0, 1)[:, None]
+        tokens, output = streams.flatten(0, 1), output.flatten(0, 1)[:, None]
+        merged = streams.new_empty(streams.shape)
         with full_precision(streams.device.type):
             for block in blocks(tokens):
                 own = torch.mul(post[block], output[block], out=merged.flatten(0, 1)[block])
@@ -260,7 +262,7 @@ class _Merge(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         streams, output, mixing, post = ctx.saved_tensors
-        results = [torch.empty_like(x) for x in (streams, output, mixing, post)]
+        results = [x.new_empty(x.shape) for x in (streams, output, mixing, post)]
         tokens, outputs, gradient = streams.flatten(0, 1), output.flatten(0, 1)[:, :, None], gradient.flatten(0, 1)
         into = [results[0].flatten(0, 1), results[1].flatten(0, 1)[:, None], *results[2:]]
         with full_precision(streams.device.type):

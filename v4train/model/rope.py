@@ -109,7 +109,7 @@ class _RotateNormalised(torch.autograd.Function):
         along = torch.linalg.vecdot(full(y), full(gradient))[..., None] / y.shape[-1]
         change = full(y) * along
         turned = change[..., -2 * rotation.shape[-1] :].unflatten(-1, (-1, 2))
-        turned /= rotation.abs().square()[..., None]
+        turned /= torch.view_as_real(rotation).to(change.dtype).square().sum(-1, keepdim=True)
         torch.sub(gradient, change, out=change)
         return _turn(change, rotation.conj()).mul_(scale).to(y.dtype), None, None
 

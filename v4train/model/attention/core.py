@@ -32,7 +32,7 @@ from v4train.model.attention.selection import (
     take_rows,
     uniform_kl,
 )
-from v4train.model.attention.softmax import join, plain_softmax
+from v4train.model.attention.softmax import join, plain_normaliser
 from v4train.model.attention.terms import Entries, Gathered, Inputs, InReach, Layout, Local, Part, Tokens, Window
 from v4train.model.precision import full, full_precision
 
@@ -175,7 +175,7 @@ class _Chunk:
             some = slice(-self.begin % step, None, step)
             chosen, visible = self.chosen[:, some], self.visible()
             dense = InReach(self.inputs, self.layout, self.begin, self.stop, visible, some)
-            own = dense.restore(plain_softmax(dense.term)[1])
+            own = dense.restore(plain_normaliser(dense.term))
             normalisers = [own, *(normaliser[:, some] for normaliser in local)]
             probabilities = dense.entry_probabilities(join(normalisers, self.inputs.sink))
             visible = visible[:, some]

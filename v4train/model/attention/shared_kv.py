@@ -53,7 +53,7 @@ class SharedKVAttention(nn.Module):
         turned = rotate(output, rotation.conj())
         grouped = turned.flatten(-2).unflatten(-1, (self.options.o_groups, -1))
         down = self.output_down(grouped)
-        forget(turned, again=lambda: [rotate(output, rotation.conj())], needed_by=down)
+        forget(turned, again=lambda: [rotate(output, rotation.conj())], needed_by=down, inside=self)
         if cache is not None:
             cache.length += x.shape[1]
         return self.output_up(down.flatten(-2))

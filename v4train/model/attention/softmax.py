@@ -79,13 +79,20 @@ def join(normalisers: list[Tensor], sink: Tensor | None) -> Tensor:
 
 def plain_softmax(term: Term) -> tuple[Tensor, Tensor]:
     """`Term.softmax` by plain products."""
-    logits, values = term.logits(), term.own_values()
+    normaliser, values = plain_normaliser(term), term.own_values()
+    weights, _ = term.kept
+    total = weights.sum(-1, keepdim=True)
+    output = full(torch.matmul(_by_group(weights.to(values.dtype), values), values)).view(*weights.shape[:3], -1)
+    return output / total.clamp(min=torch.finfo(total.dtype).tiny), normaliser
+
+
+def plain_normaliser(term: Term) -> Tensor:
+    """The log-sum-exp [B, H, Q] of `Term.softmax`; the weights stay with the term."""
+    logits = term.logits()
     top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     weights = (logits - top).exp_()
     term.kept = weights, top[..., 0]
-    total = weights.sum(-1, keepdim=True)
-    output = full(torch.matmul(_by_group(weights.to(values.dtype), values), values)).view(*weights.shape[:3], -1)
-    return output / total.clamp(min=torch.finfo(total.dtype).tiny), (top + total.log())[..., 0]
+    return top[..., 0] + weights.sum(-1).log()
 
 
 def plain_backward(

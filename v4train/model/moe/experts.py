@@ -1,4 +1,4 @@
-"""Routed experts as stacked matrices, multiplied by `grouped_mm` over tokens sorted by expert; no loop over experts.
+"""Routed experts as stacked matrices, multiplied by `grouped_mm` over tokens sorted by expert.
 
 On the CPU several experts at a time, with as many rows as a cache holds: what lies between two products never leaves
 it, so that backward makes it again at little cost. Elsewhere all at once, and the first product is kept.
@@ -38,7 +38,7 @@ def groups_of(chosen: Tensor, num_experts: int) -> Groups:
     return Groups(flat[order], order // chosen.shape[1], order, row.view(chosen.shape), ends)
 
 
-class Block(NamedTuple):
+class ExpertRange(NamedTuple):
     """Consecutive experts and their rows."""
 
     rows: slice
@@ -46,16 +46,16 @@ class Block(NamedTuple):
     ends: Tensor  # [experts] int32, as `Groups.ends`, of these rows
 
 
-def blocks_of(groups: Groups, width: int) -> list[Block]:
+def ranges_of(groups: Groups, width: int) -> list[ExpertRange]:
     """All rows in blocks of whole experts: on the CPU as many as CACHED of `width` hold, or one."""
     num_rows, num_experts = groups.token.shape[0], groups.ends.shape[0]
     if groups.ends.device.type != "cpu":
-        return [Block(slice(0, num_rows), slice(0, num_experts), groups.ends)]
+        return [ExpertRange(slice(0, num_rows), slice(0, num_experts), groups.ends)]
     ends, blocks, row, expert = groups.ends.tolist(), [], 0, 0
     for after in range(1, num_experts + 1):
         if after == num_experts or (ends[after] - row) * width > CACHED:
             own = slice(expert, after)
-            blocks.append(Block(slice(row, ends[after - 1]), own, groups.ends[own] - row))
+            blocks.append(ExpertRange(slice(row, ends[after - 1]), own, groups.ends[own] - row))
             row, expert = ends[after - 1], after
     return blocks
 
@@ -105,18 +105,19 @@ def _dtype(x: Tensor) -> torch.dtype:
 class _Experts(torch.autograd.Function):
     """sum_k w[t, k] down_e(activation(gate_up_e x[t] + bias_e)), e the k-th expert of token t: [T, M].
 
-    x [T, M], gate_up [E, 2I, M], bias [E, 2I] or None, down [E, M, I], w [T, K]. Weights are applied to the narrow side
-    of the second product, as the released code does (V4.md 2.5).
+    x [T, M], gate_up [E, 2, I, M], bias [E, 2, I] or None, down [E, M, I], w [T, K]. Weights are applied to the narrow
+    side of the second product, as the released code does (V4.md 2.5). Parameters are saved as they are, not as views,
+    which would keep what ZeRO 3 frees.
     """
 
     @staticmethod
     def forward(ctx, *arguments):
         x, gate_up, bias, down, weights, groups, activation = arguments
         dtype = _dtype(x)
-        first, second = gate_up.to(dtype), down.to(dtype)
+        first, second = gate_up.flatten(1, 2).to(dtype), down.to(dtype)
         row_weights = _weights_of_rows(weights, groups, dtype)
         result = first.new_empty(groups.token.shape[0], x.shape[1])
-        for block in blocks_of(groups, x.shape[1]):
+        for block in ranges_of(groups, x.shape[1]):
             projected = _first_product(_rows(x, groups, block, dtype), first, bias, groups, block)
             hidden = activation.needed(projected)(projected).mul_(row_weights[block.rows])
             result[block.rows] = grouped_product(hidden, second[block.experts], block.ends)
@@ -129,7 +130,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         x, gate_up, bias, down, weights, kept, *groups = ctx.saved_tensors
         groups, dtype = Groups(*groups), ctx.dtype
-        first, second, gradient = gate_up.to(dtype), down.to(dtype), gradient.to(dtype)
+        first, second, gradient = gate_up.flatten(1, 2).to(dtype), down.to(dtype), gradient.to(dtype)
         row_weights = _weights_of_rows(weights, groups, dtype)
         x_gradient, weights_gradient = (
             first.new_empty(len(row_weights), x.shape[1]),
@@ -137,7 +138,7 @@ class _Experts(torch.autograd.Function):
         )
         gate_up_gradient, down_gradient = torch.empty_like(gate_up), torch.empty_like(down)
         bias_gradient = None if bias is None else torch.zeros_like(bias)
-        for block in blocks_of(groups, x.shape[1]):
+        for block in ranges_of(groups, x.shape[1]):
             here, experts, ends = block
             rows, rows_gradient = (_rows(source, groups, block, dtype) for source in (x, gradient))
             projected = _first_product(rows, first, bias, groups, block) if kept is None else kept
@@ -146,23 +147,23 @@ class _Experts(torch.autograd.Function):
             weights_gradient[here] = torch.linalg.vecdot(change, hidden)
             down_gradient[experts] = grouped_weight_gradient(rows_gradient, hidden.mul_(row_weights[here]), ends)
             change = activation.backward(projected, change.mul_(row_weights[here]))
-            gate_up_gradient[experts] = grouped_weight_gradient(change, rows, ends)
+            gate_up_gradient.flatten(1, 2)[experts] = grouped_weight_gradient(change, rows, ends)
             if bias is not None:
-                bias_gradient.index_add_(0, groups.expert[here], change.to(bias.dtype))
+                bias_gradient.flatten(1).index_add_(0, groups.expert[here], change.to(bias.dtype))
             x_gradient[here] = grouped_product(change, first[experts].mT, ends)
         weights_gradient = weights_gradient.index_select(0, groups.row.flatten()).view_as(weights)
         x_gradient = _sum_of_rows(x_gradient, groups.row).to(x.dtype)
         return x_gradient, gate_up_gradient, bias_gradient, down_gradient, weights_gradient, None, None
 
 
-def _rows(x: Tensor, groups: Groups, block: Block, dtype: torch.dtype) -> Tensor:
+def _rows(x: Tensor, groups: Groups, block: ExpertRange, dtype: torch.dtype) -> Tensor:
     """The rows of a block, from those of tokens [T, M]."""
     return x.index_select(0, groups.token[block.rows]).to(dtype)
 
 
-def _first_product(rows: Tensor, gate_up: Tensor, bias: Tensor | None, groups: Groups, block: Block) -> Tensor:
+def _first_product(rows: Tensor, gate_up: Tensor, bias: Tensor | None, groups: Groups, block: ExpertRange) -> Tensor:
     product = grouped_product(rows, gate_up[block.experts], block.ends)
-    return product if bias is None else product.add_(bias.to(product.dtype)[groups.expert[block.rows]])
+    return product if bias is None else product.add_(bias.flatten(1).to(product.dtype)[groups.expert[block.rows]])
 
 
 def _weights_of_rows(weights: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
@@ -186,8 +187,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """sum_k weights[t, k] * E_chosen[t, k](x[t]): [T, M], [T, K] int64, [T, K] -> [T, M]."""
         groups = groups_of(chosen, self.down.shape[0])
-        bias = None if self.gate_up_bias is None else self.gate_up_bias.flatten(1)
-        output = _Experts.apply(x, self.gate_up.flatten(1, 2), bias, self.down, weights, groups, self.activation)
+        parameters = (self.gate_up, self.gate_up_bias, self.down)
+        output = _Experts.apply(x, *parameters, weights, groups, self.activation)
         if self.down_bias is not None:
             bias = F.embedding_bag(chosen, full(self.down_bias), mode="sum", per_sample_weights=full(weights))
             output = output + bias.to(output.dtype)
