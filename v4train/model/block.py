@@ -63,7 +63,7 @@ class Block(nn.Module):
         else:
             attended = self.attention(normalised, document_ids, cache)
         if coefficients is not None:  # or x is a view of the streams
-            again = self._input_again(self.attention_residual, self.attention_norm, streams, coefficients)
+            again = _input_again(self.attention_residual, self.attention_norm, streams, coefficients)
             forget(x, normalised, again=again, needed_by=attended, inside=self)
 
         merge = partial(self.attention_residual.merge, streams, attended, coefficients)
@@ -73,21 +73,22 @@ class Block(nn.Module):
         transformed = self.ffn(normalised, input_ids, document_ids) if self.is_moe else self.ffn(normalised)
         output = self.ffn_residual.merge(streams, transformed, coefficients)
         if coefficients is not None:
-            again = self._input_again(self.ffn_residual, self.ffn_norm, streams, coefficients)
+            again = _input_again(self.ffn_residual, self.ffn_norm, streams, coefficients)
             forget(x, normalised, again=again, needed_by=transformed, inside=self)
             forget(between, again=lambda: [merge()], needed_by=output, inside=self)
         return output
 
-    def _input_again(
-        self, residual: nn.Module, norm: RMSNorm, streams: Tensor, coefficients: Coefficients
-    ) -> Callable[[], tuple[Tensor, Tensor]]:
-        """What gives the input [B, S, M] of a sub-layer, and what its norm makes of it, once more."""
-
-        def again() -> tuple[Tensor, Tensor]:
-            x = residual.collapse(streams, coefficients)
-            return x, norm(x)
-
-        return again
-
     def _recomputes(self, level: str, cache: LayerCache | None) -> bool:
         return self.recompute == level and self.training and torch.is_grad_enabled() and cache is None
+
+
+def _input_again(
+    residual: nn.Module, norm: RMSNorm, streams: Tensor, coefficients: Coefficients
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """What gives the input [B, S, M] of a sub-layer, and what its norm makes of it, once more."""
+
+    def again() -> tuple[Tensor, Tensor]:
+        x = residual.collapse(streams, coefficients)
+        return x, norm(x)
+
+    return again

@@ -68,14 +68,17 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     Returns:
         Tensor of x's shape and dtype. Source: V4 report section 2.3, partial RoPE on the last 64 dimensions.
     """
-    rotation = rotation.reshape(*rotation.shape[:2], *[1] * (x.dim() - 3), rotation.shape[-1])
-    return _Rotate.apply(x, rotation)
+    return _Rotate.apply(x, _broadcast(rotation, x))
 
 
 def rotate_normalised(x: Tensor, rotation: Tensor, eps: float) -> Tensor:
     """`rotate(rms_norm(x, eps), rotation)`, of which backward needs the result only."""
-    rotation = rotation.reshape(*rotation.shape[:2], *[1] * (x.dim() - 3), rotation.shape[-1])
-    return _RotateNormalised.apply(x, rotation, eps)
+    return _RotateNormalised.apply(x, _broadcast(rotation, x), eps)
+
+
+def _broadcast(rotation: Tensor, x: Tensor) -> Tensor:
+    """[B, S, R/2] as [B, S, 1 ..., R/2], for x [B, S, ..., D]."""
+    return rotation.reshape(*rotation.shape[:2], *[1] * (x.dim() - 3), rotation.shape[-1])
 
 
 class _Rotate(torch.autograd.Function):

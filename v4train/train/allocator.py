@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep what is freed; returns whether there is a glibc and it agreed.
 
     By default it gives each large block back to the system, which then has to clear and map its pages anew for the
-    next step: on the CPU a fifth of a training step (docs/performance.md). Costs no memory at the peak of a step.
+    next step. Holes between kept blocks cost memory; docs/performance.md compares the two settings.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
