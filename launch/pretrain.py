@@ -6,6 +6,11 @@ Every key of conf/ can be set on the command line (Hydra). Bad input ends in one
 import os
 import sys
 
+from v4train.train.allocator import restart_tuned
+
+if __name__ == "__main__":
+    restart_tuned()  # before imports that take time
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException

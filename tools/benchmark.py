@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import resource
 import statistics
 import subprocess
@@ -33,7 +34,7 @@ from v4train.config import load
 from v4train.errors import ConfigError
 from v4train.model import ModelConfig, Transformer, build_model, model_config
 from v4train.model.compiled import compile_model
-from v4train.train.allocator import keep_freed_memory
+from v4train.train.allocator import keep_freed_memory, tuned_environment
 
 OURS, PEERS = "v4train", ("transformers",)
 PREFILL, DECODED = 4096, 64  # tokens at a time; tokens timed after the first ones
@@ -125,16 +126,22 @@ def take_turns(implementations: list[str], case: dict[str, Any], overrides: list
         case = case | {"implementation": implementation}
         print(f"{case}", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--measure", json.dumps(case), *overrides]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        tuned = tuned_environment(os.environ) if keeps_freed_memory(case) else None
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=tuned, check=False)
         if done.returncode:
             raise SystemExit(f"error: the measurement of {case} ended with exit code {done.returncode}")
         rows.append(case | json.loads(done.stdout.splitlines()[-1]))
     return rows
 
 
+def keeps_freed_memory(case: dict[str, Any]) -> bool:
+    """Whether the process has the allocator's settings of our runs."""
+    return case["implementation"] == OURS or case["same_allocator"]
+
+
 def measure(case: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """What one process is for."""
-    if case["implementation"] == OURS or case["same_allocator"]:
+    if keeps_freed_memory(case):
         keep_freed_memory()
     config = load([f"model={case.pop('model')}", *overrides])
     model = build_model(config.model)

@@ -1,7 +1,12 @@
-"""Freed memory that the process keeps."""
+"""Freed memory that the process keeps, and the settings that a process must be started with."""
 
+import os
 import subprocess
 import sys
+
+import pytest
+
+from v4train.train.allocator import TUNABLES, restart_tuned, tuned_environment
 
 PROGRAM = """
 import resource, sys, torch
@@ -25,3 +30,42 @@ def faults_of_later_steps(what):
 def test_memory_taken_again_is_mapped_already():
     """glibc's; elsewhere there is nothing to tell."""
     assert faults_of_later_steps("keep") < faults_of_later_steps("default") / 4
+
+
+def test_what_the_environment_says_of_the_allocator_stays():
+    assert tuned_environment({"A": "b"}) == {"A": "b", "GLIBC_TUNABLES": settings_of(TUNABLES)}
+    said = "glibc.malloc.tcache_count=3:glibc.malloc.check=1"
+    mixed = tuned_environment({"GLIBC_TUNABLES": said})
+    assert mixed == {"GLIBC_TUNABLES": f"{said}:glibc.malloc.mxfast=0"}
+    assert tuned_environment(mixed) == mixed
+
+
+def settings_of(tunables):
+    return ":".join(f"{name}={value}" for name, value in tunables.items())
+
+
+def test_a_program_starts_once_more_in_its_place(tmp_path):
+    """One process, with the arguments and the interpreter's options it was started with."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "print(os.getpid(), flush=True)\n"
+        "from v4train.train.allocator import restart_tuned\n"
+        "restart_tuned()\n"
+        "print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.dev_mode)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-X", "dev", str(program), "a b", "--c=d"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=True)
+    *starts, last = done.stdout.splitlines()
+    assert len(starts) == 2 and len(set(starts)) == 1
+    assert last == f"{settings_of(TUNABLES)} ['a b', '--c=d'] True"
+
+
+def test_a_tuned_program_goes_on(monkeypatch):
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started again"))
+    monkeypatch.setenv("GLIBC_TUNABLES", settings_of(TUNABLES))
+    restart_tuned()
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))  # not glibc
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    restart_tuned()
