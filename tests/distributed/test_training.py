@@ -30,7 +30,7 @@ MIXED = [
     "model.residual.kind=hc",
     "model.mtp.attention=gqa",
 ]
-FOUR = pytest.param(4, marks=pytest.mark.exhaustive)
+ONE, FOUR = (pytest.param(ranks, marks=pytest.mark.exhaustive) for ranks in (1, 4))
 
 
 def train(base: Path, ranks: int, jobs: dict[str, list[str]]) -> None:
@@ -51,7 +51,7 @@ def base(tmp_path_factory) -> Path:
     return base
 
 
-@pytest.fixture(scope="module", params=[1, 2, FOUR])
+@pytest.fixture(scope="module", params=[ONE, 2, FOUR])
 def layouts(base, request) -> tuple[Path, int]:
     """Every ZeRO stage and optimizer on so many ranks; the last of each with gradient accumulation."""
     ranks = request.param
@@ -103,12 +103,13 @@ def test_stages_have_the_same_gradients_to_the_last_bit(layouts, name):
 def test_recomputation_and_profiling_change_no_bit(tmp_path):
     """On 2 ranks, where ZeRO 3 frees and gathers parameters in the middle of the backward pass."""
     jobs = {}
-    for stage, levels in ((1, ("none", "block")), (3, ("none", "block", "attention"))):
+    for stage, levels in ((1, ("none",)), (3, ("none", "block", "attention"))):
         shard = ["+parallelism.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []
         for level in levels:
             overrides = [f"parallelism=zero{stage}", *shard, f"train.recompute={level}", "train.micro_batch_size=1"]
             jobs[f"zero{stage}_{level}"] = [*overrides, "train.stop_at_step=4"]
-    jobs["zero1_profile"] = [*jobs["zero1_block"], "train.profile=[2,3]"]  # one step: writing takes its time
+    profiled = ["train.recompute=block", "train.profile=[2,3]"]  # one step: writing takes its time
+    jobs["zero1_profile"] = [*jobs["zero1_none"], *profiled]
     train(tmp_path, 2, jobs)
     for name in jobs:
         for key in ("loss", "mtp_loss", "balance_loss", "indexer_kl", "grad_norm", "max_violation"):
@@ -120,7 +121,7 @@ def test_recomputation_and_profiling_change_no_bit(tmp_path):
     assert all(rows[part]["total"] > 0 for part in parts)
 
 
-FLASH_SMALL = [("adamw", 1), ("adamw", 3), ("muon", 2)]  # optimizer, ZeRO stage on 2 ranks
+FLASH_SMALL = [("adamw", 3), ("muon", 2)]  # optimizer, ZeRO stage on 2 ranks
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def flash_small(tmp_path_factory) -> Path:
     """The shipped model itself at its shipped learning rates, on short sequences."""
     base = tmp_path_factory.mktemp("flash_small")
     common = ["model=flash_small", "train.sequence_length=128", "train.micro_batch_size=2", "train.sample_tokens=0"]
-    common += ["train.max_steps=10", "train.validate_every=0", "train.validation_tokens=500", "checkpoint.every=0"]
+    common += ["train.max_steps=6", "train.validate_every=0", "train.validation_tokens=500", "checkpoint.every=0"]
     common += ["tracking.mode=disabled", f"tokenizer.cache_dir={base / 'cache'}", "device=cpu"]
     for ranks, runs in ((1, [("adamw", 1), ("muon", 1)]), (2, FLASH_SMALL)):
         jobs = [
@@ -157,7 +158,7 @@ RESUMED = [
     # ranks, stage, optimizer
     (1, 1, "muon"),
     (2, 3, "muon"),
-    (2, 2, "adamw"),
+    pytest.param(2, 2, "adamw", marks=pytest.mark.exhaustive),
     pytest.param(1, 0, "adamw", marks=pytest.mark.exhaustive),
     pytest.param(1, 3, "muon", marks=pytest.mark.exhaustive),
     pytest.param(2, 0, "muon", marks=pytest.mark.exhaustive),
@@ -187,9 +188,11 @@ def test_a_run_stopped_and_continued_is_bitwise_the_same(base, ranks, stage, nam
 
 def test_a_run_continues_on_another_layout(base):
     """Saved by 2 ranks with ZeRO 3, continued by 1 rank with ZeRO 1 and recomputation: as if nothing had happened."""
+    for ranks, how in (
+        (2, ["parallelism=zero3", "train.stop_at_step=5"]),
+        (1, ["parallelism=zero1", "train.recompute=block"]),
+    ):
+        train(base, ranks, {f"moved_{name}": [f"optimizer={name}", *how] for name in OPTIMIZERS})
     for name in OPTIMIZERS:
-        moved = [f"optimizer={name}"]
-        train(base, 2, {f"moved_{name}": [*moved, "parallelism=zero3", "train.stop_at_step=5"]})
-        train(base, 1, {f"moved_{name}": [*moved, "parallelism=zero1", "train.recompute=block"]})
         expected = losses(base, f"reference_{name}")
         assert losses(base, f"moved_{name}") == pytest.approx(expected, abs=TOLERANCE[name], rel=0)
