@@ -83,13 +83,19 @@ class _Refill:
         self.tensors = self.again = None
 
 
+def passes_on(hook: Callable) -> Callable:
+    """Marks a hook of a module that keeps and hands out nothing: `forget` need not heed it."""
+    hook.passes_on = True
+    return hook
+
+
 def _in_checkpoint() -> bool:
     """Whether others decide how tensors are saved: torch's checkpoint in both of its passes, `save_on_cpu`."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _watched(module: nn.Module) -> bool:
-    watching = torch.nn.modules.module
-    if watching._global_forward_hooks or watching._global_forward_pre_hooks:
-        return True
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    globally = torch.nn.modules.module
+    hooks = [globally._global_forward_hooks, globally._global_forward_pre_hooks]
+    hooks += [of for part in module.modules() for of in (part._forward_hooks, part._forward_pre_hooks) if of]
+    return any(not getattr(hook, "passes_on", False) for of in hooks for hook in of.values())

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor, nn
 
+from v4train.model.recompute import passes_on
 from v4train.optim.muon import muon_update
 from v4train.optim.param_groups import OptimizerConfig, ParameterGroup
 
@@ -85,6 +86,7 @@ def sum_gradients_by_module(model: nn.Module) -> None:
     AdamW turns the difference into whole learning rates where a gradient is nothing but rounding (mHC at the start).
     """
 
+    @passes_on
     def through_a_node(module: nn.Module, inputs: tuple) -> tuple:
         return tuple(x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
 
