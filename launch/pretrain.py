@@ -5,6 +5,7 @@ Every key of conf/ can be set on the command line (Hydra). Bad input ends in one
 
 import os
 import sys
+import time
 
 from v4train.train.allocator import restart_tuned
 
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from v4train.config import complete, config_dir, explain, settings
 from v4train.errors import ConfigError
 
+LISTENING = 5  # seconds that other ranks leave rank 0 to speak
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `main`, which says them in one line
 
 
@@ -40,6 +42,8 @@ def refuse(error: ConfigError) -> None:
     """Say it once, whatever the number of ranks, and leave with code 2."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"error: {error}", file=sys.stderr)
+    else:
+        time.sleep(LISTENING)  # torchrun ends all ranks with the first: let that be the one that says why
     sys.exit(2)
 
 

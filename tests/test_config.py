@@ -93,12 +93,24 @@ def every_option() -> list[str]:
     return sorted(f"{group}={path.stem}" for group in GROUPS for path in (config_dir() / group).glob("*.yaml"))
 
 
+RANKS = {"tensor": 2, "context": 2, "pipeline": 2, "expert_pipeline": 4, "full4": 4, "flash": 32, "pro": 512}
+NEEDED = {
+    "flash": ["train.global_batch_size=8"],
+    "pro": ["model.moe.num_experts=64", "train.global_batch_size=64"],
+}
+
+
 @pytest.mark.parametrize("override", every_option())
-def test_every_shipped_option_composes(override, tmp_path):
-    """`text` needs a path, `single` and the ZeRO presets run on the one process of this test."""
+def test_every_shipped_option_composes(override, tmp_path, monkeypatch):
+    """`text` needs a path, some layouts need more ranks than the one process of this test."""
     (tmp_path / "a.txt").write_text("text")
-    path = [f"data.path={tmp_path}"] if override == "data=text" else []
-    config = load([override, *path])
+    group, _, name = override.partition("=")
+    needed = [f"data.path={tmp_path}"] if override == "data=text" else []
+    if group == "parallelism":
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", str(RANKS.get(name, 1)))
+        needed = NEEDED.get(name, [])
+    config = load([override, *needed])
     assert settings(config).train.total_steps >= 1
 
 
@@ -141,7 +153,7 @@ def test_a_rank_takes_its_whole_share_at_once_unless_told(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     made = settings(load(["train.global_batch_size=8"]))
-    assert (made.train.micro_batch_size, made.topology.data_rank, made.topology.data_size) == (4, 1, 2)
+    assert (made.train.micro_batch_size, made.topology.index("data"), made.topology.sizes.data) == (4, 1, 2)
     with pytest.raises(ConfigError, match=r"global_batch_size=3: .*2 data ranks"):
         load(["train.global_batch_size=3"])
 

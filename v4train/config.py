@@ -26,6 +26,7 @@ from v4train.model.recompute import RECOMPUTE_LEVELS
 from v4train.model.rules import ATTENTION_MODES
 from v4train.optim.param_groups import OptimizerConfig
 from v4train.optim.schedules import ScheduleConfig
+from v4train.parallel.rules import check_layout_of
 from v4train.parallel.topology import ParallelismConfig, Topology, make_topology
 from v4train.structured import structured
 from v4train.train.checkpoint import CheckpointConfig
@@ -182,10 +183,11 @@ def settings(config: DictConfig) -> Settings:
     if made.compile and made.topology.device.type == "cpu" and cpp_compiler() is None:
         rule = "torch.compile needs a C++ compiler, and neither $CXX nor g++ nor clang++ is found"
         raise ConfigError("compile", True, rule, "install g++, set CXX, or use compile=false")
-    _check_train(made.train, made.topology.data_size)
+    _check_train(made.train, made.topology.sizes.data)
+    check_layout_of(made.model, made.topology.sizes, made.train.sequence_length)
     _check_attention_mode(made.train.attention_mode, made.model)
     if made.train.micro_batch_size is None:
-        made.train.micro_batch_size = made.train.global_batch_size // made.topology.data_size
+        made.train.micro_batch_size = made.train.global_batch_size // made.topology.sizes.data
     if made.tokenizer.vocab_size > made.model.vocab_size:
         rule = f"the model embeds only model.vocab_size={made.model.vocab_size} entries"
         raise ConfigError("tokenizer.vocab_size", made.tokenizer.vocab_size, rule, "make it at most as large")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.distributed.launch import finished
-from v4train.optim.muon import muon_update
+from v4train.optim.muon import Matrices, muon_update
 from v4train.optim.param_groups import OptimizerConfig, is_muon_parameter
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 29, 16, 8, 12
@@ -170,7 +170,7 @@ def train_plainly(
                     continue
                 rows = getattr(named[n], "independent_rows", None)
                 update = muon_update(
-                    named[n].grad, momentum, beta=0.95, update_rms=0.18, steps=(8, 2), independent_rows=rows
+                    named[n].grad, momentum, beta=0.95, update_rms=0.18, steps=(8, 2), matrices=Matrices(rows)
                 )
                 named[n].mul_(1 - LEARNING_RATE * 0.1).sub_(LEARNING_RATE * update)
     return {"losses": losses, "norms": norms, "weights": {n: p.detach() for n, p in named.items()}}
@@ -204,7 +204,7 @@ def run_job(job: dict, topology: object) -> dict:
         optimizer_config(job["optimizer"]),
         ParallelismConfig(None, 1, 1, 1, 1, job["stage"], extra),
         topology,
-        micro_batch_size=GLOBAL_ROWS // topology.data_size // accumulation,
+        micro_batch_size=GLOBAL_ROWS // topology.sizes.data // accumulation,
         accumulation_steps=accumulation,
         grad_clip=job.get("grad_clip", 0.0),
         precision=job.get("precision", "fp32"),
@@ -231,7 +231,8 @@ def run_job(job: dict, topology: object) -> dict:
         for index in range(accumulation):
             # micro-batch `index` of all ranks together is the index-th part of the global batch
             part = [
-                t.chunk(accumulation)[index].chunk(topology.data_size)[topology.data_rank] for t in (tokens, targets)
+                t.chunk(accumulation)[index].chunk(topology.sizes.data)[topology.index("data")]
+                for t in (tokens, targets)
             ]
             output = engine.forward_backward(*part, used and index >= job.get("used_from", 0), mode)
             loss += output.loss.item() / accumulation

@@ -1,6 +1,7 @@
 """Start a module under torchrun on this machine's CPU, with a time limit and nothing left behind."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ def launch(module: str, processes: int, arguments: list[str], folder: Path, time
     command += ["--master-addr=127.0.0.1", f"--master-port={port}", f"--log-dir={folder / 'log'}", "--redirects=3"]
     command += ["-m", module, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # SIGABRT prints the stack of every thread
     with open(folder / "torchrun.log", "w") as log:
         torchrun = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -37,6 +39,8 @@ def launch(module: str, processes: int, arguments: list[str], folder: Path, time
                     if _missing(folder, processes) == []:
                         end = min(end, time.monotonic() + 10)  # done; what is left is the way out
         finally:
+            if _missing(folder, processes):
+                _print_stacks(torchrun, module)
             _kill(torchrun)
     missing = _missing(folder, processes)
     if missing:
@@ -52,6 +56,17 @@ def finished(folder: Path) -> None:
 
 def _missing(folder: Path, processes: int) -> list[int]:
     return [rank for rank in range(processes) if not (folder / f"rank_{rank}.finished").exists()]
+
+
+def _print_stacks(torchrun: subprocess.Popen, module: str) -> None:
+    """Let each rank that still runs say where it is, in its log."""
+    try:
+        ranks = [rank for rank in psutil.Process(torchrun.pid).children() if module in rank.cmdline()]
+    except psutil.NoSuchProcess:
+        return
+    for rank in ranks:
+        rank.send_signal(signal.SIGABRT)
+    psutil.wait_procs(ranks, timeout=5)
 
 
 def _kill(torchrun: subprocess.Popen) -> None:

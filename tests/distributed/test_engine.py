@@ -1,4 +1,4 @@
-"""The engine in every ZeRO stage against a plain PyTorch loop, its state to the last bit, and layouts and refusals.
+"""The engine in every ZeRO stage against a plain PyTorch loop, its state to the last bit, and refusals.
 
 One launch runs many jobs, since starting the processes is most of the time.
 """
@@ -15,10 +15,8 @@ import torch
 
 from tests.distributed.engine_worker import INJECTIONS, STEPS, make_model, train_plainly
 from tests.distributed.launch import ROOT, launch
-from tests.shipped import shipped
 from v4train.errors import ConfigError
 from v4train.parallel.deepspeed_config import deepspeed_config
-from v4train.parallel.topology import ParallelismConfig, first_node, make_topology, read_ranks, rendezvous
 
 pytestmark = pytest.mark.distributed
 
@@ -236,85 +234,6 @@ def test_plain_python_is_a_quiet_world_of_one(tmp_path):
         "state of embed.weight does not fit: expected {'exp_avg': [29, 16], 'exp_avg_sq': [29, 16], 'step': [], "
         "'weight': [29, 16]}, found {'weight': [29, 16]}",
     ]
-
-
-def layout(preset: str = "auto", **overrides) -> ParallelismConfig:
-    return ParallelismConfig(**(shipped("parallelism", preset) | overrides))
-
-
-@pytest.mark.parametrize(
-    "preset, stage, sizes", [("auto", 1, 4), ("zero0", 0, 4), ("zero1", 1, 4), ("zero2", 2, 4), ("zero3", 3, 4)]
-)
-def test_presets_take_the_whole_world(preset, stage, sizes):
-    config = layout(preset)
-    assert config.zero_stage == stage
-    environ = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
-    topology = make_topology(config, environ=environ)
-    assert (topology.rank, topology.world_size, topology.local_rank) == (3, 4, 1)
-    assert (topology.data_rank, topology.data_size, topology.device) == (3, sizes, torch.device("cpu"))
-    assert make_topology(config, "cuda", environ).device == torch.device("cuda", 1)
-
-
-def test_single_is_one_process():
-    assert make_topology(layout("single"), environ={}).data_size == 1
-    assert layout("single").zero_stage == 0
-    with pytest.raises(ConfigError, match=r"parallelism.data=1: .*multiply to the 2 processes.*parallelism.data=2"):
-        make_topology(layout("single"), environ={"RANK": "0", "WORLD_SIZE": "2"})
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        ({"expert": 2}, r"parallelism.expert=2: .*not available yet; set parallelism.expert=1"),
-        ({"tensor": 2}, r"parallelism.tensor=2: "),
-        ({"pipeline": 2}, r"parallelism.pipeline=2: "),
-        ({"context": 4}, r"parallelism.context=4: "),
-        ({"zero_stage": 4}, r"parallelism.zero_stage=4: ZeRO has stages 0 to 3"),
-        ({"data": 3}, r"data 3 x expert 1 .* multiply to the 1 process started; set parallelism.data=1"),
-        ({"data": 0}, r"parallelism.data=0: "),
-        ({"deepspeed": {"gradient_clipping": 1.0}}, r"parallelism.deepspeed.gradient_clipping=1.0: .*train.grad_clip"),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, r"deepspeed.zero_optimization.stage=2: .*zero_stage"),
-    ],
-)
-def test_impossible_layouts_are_refused(overrides, message):
-    with pytest.raises(ConfigError, match=message):
-        make_topology(layout(**overrides), environ={})
-
-
-SLURM = {
-    "SLURM_PROCID": "5",
-    "SLURM_NTASKS": "8",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_ID": "0",
-    "SLURM_JOB_ID": "77",
-    "SLURM_JOB_NODELIST": "gpu[003-004,9],cpu1",
-}
-
-
-def test_ranks_under_slurm():
-    assert read_ranks(SLURM) == (5, 8, 1)
-    assert read_ranks(SLURM | {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}) == (2, 4, 0)  # torchrun inside srun
-    batch_script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
-    assert read_ranks(batch_script) == (0, 1, 0)
-    ranks = [make_topology(layout(), environ=SLURM | {"SLURM_PROCID": str(rank)}) for rank in range(8)]
-    places = {rendezvous(topology, SLURM) for topology in ranks}
-    assert len(places) == 1
-    address, port = places.pop()
-    assert address == "gpu003" and 20000 <= port < 40000
-    assert rendezvous(ranks[0], SLURM | {"MASTER_ADDR": "here", "MASTER_PORT": "1234"}) == ("here", 1234)
-
-
-@pytest.mark.parametrize(
-    "nodes, first", [("gpu[003-004,9],cpu1", "gpu003"), ("node7", "node7"), ("a-1,b-2", "a-1"), ("n[5,7-9]", "n5")]
-)
-def test_first_node(nodes, first):
-    assert first_node(nodes) == first
-
-
-def test_a_world_without_an_address_is_refused():
-    topology = make_topology(layout(), environ={"RANK": "0", "WORLD_SIZE": "2"})
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2: needs MASTER_ADDR"):
-        rendezvous(topology, {"RANK": "0", "WORLD_SIZE": "2"})
 
 
 def test_deepspeed_json():

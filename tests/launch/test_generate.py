@@ -118,7 +118,7 @@ def test_the_weights_are_those_of_the_checkpoint(run):
     path = run / "checkpoints" / "step_00000002"
     loaded = load_model(path)
     expected = build_model(load(tiny(run.parent, "run")).model).eval()
-    weights = load_file(path / "weight-00000.safetensors") | load_file(path / "buffers.safetensors")
+    weights = load_file(path / "weight-00000.safetensors") | load_file(path / "buffers-00000.safetensors")
     expected.load_state_dict(weights)
     ids = torch.arange(40)[None] + 3
     assert not loaded.training and torch.equal(loaded(ids).logits, expected(ids).logits)

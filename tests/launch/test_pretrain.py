@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.distributed.launch import ROOT
@@ -191,3 +192,31 @@ def test_a_signal_saves_and_the_same_command_continues_bitwise(finished, base, n
     assert pretrain(*undisturbed, cwd=base).returncode == 0
     assert losses(base, name) == losses(base, whole)
     assert checkpoint_digests(base, name, further) == checkpoint_digests(base, whole, further)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_is_killed_ends_the_job_with_one_message(base, killed):
+    """Mid-step, by SIGKILL: the others are in a collective with it, or about to be."""
+    name = f"killed_{killed}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = [str(ROOT / "launch" / "pretrain.py"), *tiny(base, name, "parallelism=context", "train.max_steps=2000")]
+    job = subprocess.Popen(
+        [*torchrun, *program], cwd=base, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        metrics = base / name / "metrics.jsonl"
+        end = time.monotonic() + LIMIT
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < end:
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.1)
+        ranks = {int(rank.environ()["RANK"]): rank for rank in psutil.Process(job.pid).children()}
+        ranks[killed].send_signal(signal.SIGKILL)
+        _, errors = job.communicate(timeout=60)
+    finally:
+        for process in psutil.Process(job.pid).children(recursive=True) if job.poll() is None else ():
+            process.kill()
+        job.kill()
+    assert job.returncode != 0
+    assert errors.count("error: rank ") == 1
+    assert f"error: rank {1 - killed} lost contact with another rank" in errors
+    assert "the same command continues from the last checkpoint" in errors

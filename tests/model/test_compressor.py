@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 from tests.model.packings import documents_in, ids_of, layouts
 from v4train.model.attention.compressor import Compressor, compress
-from v4train.model.documents import compression_blocks
+from v4train.model.documents import Shard, compression_blocks
 
 
 def naive_compress(kv, gate, bias, ids, ratio, overlap):
@@ -80,7 +80,7 @@ def test_module_projects_compresses_and_normalises():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     x = torch.randn(*ids.shape, 6, generator=generator, dtype=torch.float64)
     kv, gate = (torch.cat([x @ matrix.T for matrix in part.weight], dim=-1) for part in (module.kv, module.gate))
-    ours = module(x, compression_blocks(ids, 4))
+    ours = module(x, Shard(compression_blocks(ids, 4), 0, None))
     for row, entry, value in naive_compress(kv, gate, module.position_bias, ids, 4, overlap=True):
         expected = value / (value.square().mean() + 1e-6).sqrt() * module.norm.weight
         torch.testing.assert_close(ours[row, entry], expected, atol=1e-12, rtol=0)

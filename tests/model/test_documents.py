@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.model.packings import documents_in, ids_of, layouts, visible_entries
-from v4train.model.documents import compression_blocks, document_starts, gather_blocks
+from v4train.model.attention.compressor import compress
+from v4train.model.documents import (
+    compression_blocks,
+    document_starts,
+    gather_blocks,
+    lay_out,
+    place,
+    tokens_before,
+)
+from v4train.model.seams import Sequence
 
 RATIOS = [1, 4, 7, 16]
 batches = st.lists(layouts, min_size=1, max_size=3)
@@ -99,3 +108,49 @@ def test_a_row_without_documents_and_a_row_shorter_than_a_block():
     assert blocks.valid.tolist() == [[False, False]] * 2
     assert not blocks.visible(0, 8, slice(0, 2)).any()
     assert blocks.slot.unique().tolist() == [8]
+
+
+class ShardOf(Sequence):
+    """Shard `index` of `count` of rows whose documents are known."""
+
+    def __init__(self, documents, index, count):
+        self.documents, self.index, self.count = documents, index, count
+
+    def begin(self, length):
+        return self.index * length
+
+    def whole(self, document_ids):
+        return self.documents
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("ratio", [1, 4, 16])
+@settings(max_examples=40)
+@given(rows=batches, count=st.integers(2, 4))
+def test_shards_make_the_entries_of_the_whole_row(ratio, overlap, rows, count):
+    """Each from its own tokens and the few in front of them; every query sees what it saw."""
+    ids = ids_of(*rows)
+    ids = torch.nn.functional.pad(ids, (0, -ids.shape[1] % count), value=-1)
+    length, parts = ids.shape[1] // count, 2 if overlap else 1
+    kv, gate = torch.randn(2, *ids.shape, parts * 3, dtype=torch.float64)
+    bias = torch.randn(ratio, parts * 3, dtype=torch.float64)
+    blocks = compression_blocks(ids, ratio)
+    expected = compress(kv, gate, bias, blocks, overlap)
+    made, seen = [], []
+    for index in range(count):
+        own = slice(index * length, (index + 1) * length)
+        sequence = ShardOf(ids, index, count)
+        where = place(ids[:, own], None, sequence)
+        assert torch.equal(where.starts + where.positions, torch.arange(ids.shape[1])[own].expand_as(where.starts))
+        shard, sees = lay_out(where, ratio, overlap, sequence)
+        tokens = slice(max(0, own.start - tokens_before(ratio, overlap)), own.stop)
+        entries = compress(kv[:, tokens], gate[:, tokens], bias, shard.own, overlap)
+        made.append(entries[:, shard.leading :])
+        seen.append((sees.first, sees.end))
+        assert sees.reach(0, length).stop == own.stop // ratio
+    gathered = torch.cat(made, dim=1)
+    ours = torch.take_along_dim(gathered, shard.order[..., None], dim=1)
+    valid = blocks.valid[..., None]
+    torch.testing.assert_close(torch.where(valid, ours, 0), torch.where(valid, expected, 0))
+    for name, parts_of in zip(("first", "end"), zip(*seen, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts_of, dim=1), getattr(blocks, name))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from v4train.optim.muon import muon_update, newton_schulz
+from v4train.optim.muon import Matrices, muon_update, newton_schulz
 
 SETTINGS = {"beta": 0.95, "update_rms": 0.18, "steps": (8, 2)}
 COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 8 + [(2.0, -1.5, 0.5)] * 2
@@ -82,7 +82,7 @@ def test_equals_the_naive_twin_over_three_steps(shape):
 def test_rows_that_are_independent_matrices():
     gradient = torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(4))
     momentum = torch.zeros_like(gradient)
-    update = muon_update(gradient, momentum, independent_rows=(4, 4, 16), **SETTINGS)
+    update = muon_update(gradient, momentum, matrices=Matrices((4, 4, 16)), **SETTINGS)
     parts = [muon_update(part, torch.zeros_like(part), **SETTINGS) for part in gradient.split([4, 4, 16], dim=-2)]
     torch.testing.assert_close(update, torch.cat(parts, dim=-2), atol=1e-6, rtol=0)
     together = muon_update(gradient, torch.zeros_like(gradient), **SETTINGS)
@@ -92,7 +92,7 @@ def test_rows_that_are_independent_matrices():
 
 @pytest.mark.parametrize("independent_rows", [None, (2, 4)])
 def test_zero_gradient_gives_zero_update(independent_rows):
-    update = muon_update(torch.zeros(3, 6, 8), torch.zeros(3, 6, 8), independent_rows=independent_rows, **SETTINGS)
+    update = muon_update(torch.zeros(3, 6, 8), torch.zeros(3, 6, 8), matrices=Matrices(independent_rows), **SETTINGS)
     assert torch.equal(update, torch.zeros(3, 6, 8))
 
 

@@ -60,7 +60,7 @@ def test_an_unfinished_write_is_never_found(tmp_path):
     assert checkpoint.newest(tmp_path / "absent") is None
 
 
-FILES = ["manifest.json", "weight-00000.safetensors", "exp_avg-00000.safetensors", "buffers.safetensors"]
+FILES = ["manifest.json", "weight-00000.safetensors", "exp_avg-00000.safetensors", "buffers-00000.safetensors"]
 
 
 @pytest.mark.parametrize("file", FILES)

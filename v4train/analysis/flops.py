@@ -9,23 +9,38 @@ from v4train.model.config import AttentionConfig, IndexerConfig, LayerAttention,
 
 def active_matrix_parameters(config: ModelConfig) -> int:
     """Matrix elements that one token is multiplied with, MTP block and both uses of the output matrix included."""
-    hidden = config.hidden_size
-    layers = zip(config.layers, config.ffn_kinds, strict=True)
-    blocks = sum(_block(config, layer, ffn) for layer, ffn in layers)
-    head = config.vocab_size * hidden + _collapse(config)
-    # The token projection of MTP runs once, its hidden projection once a stream.
-    mtp = (1 + config.num_streams) * hidden * hidden + _block(config, config.mtp_layer, config.mtp_ffn) + head
-    return blocks + head + config.mtp.num_layers * mtp
+    return sum(_part_matrices(config))
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of forward and backward per trained token, at the mean visibility of one document a sequence."""
-    core = 0.0
-    for layer in config.layers + [config.mtp_layer] * config.mtp.num_layers:
+    return 3 * (2 * active_matrix_parameters(config) + sum(_part_cores(config, sequence_length)))
+
+
+def part_flops(config: ModelConfig, sequence_length: int) -> list[float]:
+    """`training_flops_per_token` of each of `Transformer.parts`: embedding, blocks, head, MTP."""
+    cores = _part_cores(config, sequence_length)
+    return [3 * (2 * matrices + core) for matrices, core in zip(_part_matrices(config), cores, strict=True)]
+
+
+def _part_matrices(config: ModelConfig) -> list[int]:
+    hidden = config.hidden_size
+    blocks = [_block(config, layer, ffn) for layer, ffn in zip(config.layers, config.ffn_kinds, strict=True)]
+    head = config.vocab_size * hidden + _collapse(config)
+    # The token projection of MTP runs once, its hidden projection once a stream.
+    mtp = (1 + config.num_streams) * hidden * hidden + _block(config, config.mtp_layer, config.mtp_ffn) + head
+    return [0, *blocks, head, *[mtp] * config.mtp.num_layers]
+
+
+def _part_cores(config: ModelConfig, sequence_length: int) -> list[float]:
+    """Forward FLOPs per token of the attention over what is seen."""
+
+    def core(layer: LayerAttention) -> float:
         attended, scored = visible_pairs(config, layer, sequence_length)
         per_attended, per_scored = _pair_flops(config, layer)
-        core += per_attended * (attended / sequence_length) + per_scored * (scored / sequence_length)
-    return 3 * (2 * active_matrix_parameters(config) + core)
+        return per_attended * (attended / sequence_length) + per_scored * (scored / sequence_length)
+
+    return [0.0, *map(core, config.layers), 0.0, *[core(config.mtp_layer)] * config.mtp.num_layers]
 
 
 def decode_flops(config: ModelConfig, layer: LayerAttention, context: int) -> dict[str, int]:

@@ -5,13 +5,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from v4train.model.precision import full
+from v4train.model.seams import Vocabulary
 
+WHOLE = Vocabulary()
 CHUNK_BYTES = 16 * 2**20  # fp32 logits held at a time: few enough for a cache, enough for the products
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, vocabulary: Vocabulary) -> Tensor:
         total = full(x.new_zeros(()))
         x_gradient = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         weight_gradient = full(torch.zeros_like(weight)) if ctx.needs_input_grad[1] else None
@@ -21,16 +23,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, x.shape[0], rows):
             chunk, target = x[begin : begin + rows], targets[begin : begin + rows]
             logits = full(torch.mm(chunk, weight.mT, out=buffer[: chunk.shape[0]]))
-            valid, index = target != -100, target.clamp(min=0)[:, None]
+            valid, row = target != -100, target - vocabulary.index * len(weight)
+            here = valid & (row >= 0) & (row < len(weight))
+            index = torch.where(here, row, 0)[:, None]
             chosen = logits.gather(-1, index)[:, 0]
             top, best = logits.max(-1, keepdim=True)
             softmax = torch.softmax(logits, -1, out=logits)
             # The largest probability is at least 1/V, so this log-sum-exp is exact
             normaliser = (top - softmax.gather(-1, best).log())[:, 0]
+            if vocabulary.count > 1:
+                own, normaliser = normaliser, vocabulary.join(normaliser)
+                softmax *= torch.exp(own - normaliser)[:, None]
+                chosen = vocabulary.reduce(torch.where(here, chosen, 0))
             total += torch.where(valid, normaliser - chosen, 0).sum()
             if x_gradient is None and weight_gradient is None:
                 continue
-            gradient = softmax.scatter_add_(-1, index, softmax.new_full((), -1.0).expand_as(index)).to(chunk.dtype)
+            gradient = softmax.scatter_add_(-1, index, -here.to(softmax.dtype)[:, None]).to(chunk.dtype)
             ignored = ~valid[:, None]
             if x_gradient is not None:
                 x_gradient[begin : begin + rows] = (gradient @ weight).masked_fill_(ignored, 0)
@@ -49,15 +57,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_gradient, weight_gradient = ctx.saved_tensors
         x_gradient = None if x_gradient is None else x_gradient * gradient  # 0-dim: no rounding of it, no promotion
         weight_gradient = None if weight_gradient is None else weight_gradient * gradient
-        return x_gradient, weight_gradient, None, None
+        return x_gradient, weight_gradient, None, None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary = WHOLE) -> Tensor:
     """Sum of -log softmax(x weight^T)[target] over the targets that are not -100, in nats, fp32.
 
     Args:
         x: [T, M]; weight: [V, M]; under autocast both are multiplied in its dtype, softmax and sum stay fp32.
         targets: [T] int64, -100 where ignored.
+        vocabulary: which rows of the matrix these are; the softmax is over all. The gradient of x is that of these.
     """
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device):
@@ -65,4 +74,4 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if not torch.is_grad_enabled():  # or the function would make gradients of its leaves all the same
         x, weight = x.detach(), weight.detach()
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(x, weight, targets, dtype)
+        return _LinearCrossEntropy.apply(x, weight, targets, dtype, vocabulary)

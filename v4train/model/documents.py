@@ -5,10 +5,14 @@ Shapes: B batch, S sequence, N compressed entries a row, m compression ratio.
 position a document of its own that sees only itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from v4train.model.seams import Sequence
+
+WHOLE = Sequence()
 
 
 def document_starts(document_ids: Tensor) -> Tensor:
@@ -26,16 +30,26 @@ class Place:
 
     starts: Tensor  # [B, S] first token of each token's document, as an index into the row (0 behind a cache)
     positions: Tensor  # [B, S] position within the document
-    previous: int  # tokens of each row that a cache has seen already
+    previous: int  # tokens of each row that come before these: a cache has seen them, or other ranks have them
+    documents: Tensor  # [B, T] documents of the whole row, of which these are a shard; of these alone behind a cache
+
+    def starts_among(self, tokens: int) -> Tensor:
+        """`starts` as indices into the last `tokens` tokens up to the end of these, negative where before them."""
+        return self.starts + (tokens - self.starts.shape[1] - self.previous)
 
 
-def place(document_ids: Tensor, previous: int | None = None) -> Place:
-    """Place of the tokens [B, S] of a packed batch, or of one document a row that goes on after `previous` tokens."""
+def place(document_ids: Tensor, previous: int | None = None, sequence: Sequence = WHOLE) -> Place:
+    """Place of the tokens [B, S] of a packed batch, or of one document a row that goes on after `previous` tokens.
+
+    sequence: which tokens of each row of the batch these are.
+    """
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     if previous is not None:
-        return Place(torch.zeros_like(index), index + previous, previous)
-    starts = document_starts(document_ids)
-    return Place(starts, index - starts, 0)
+        return Place(torch.zeros_like(index), index + previous, previous, document_ids)
+    documents = sequence.whole(document_ids)
+    begin = sequence.begin(document_ids.shape[1])
+    starts = document_starts(documents)[:, begin : begin + document_ids.shape[1]]
+    return Place(starts, index + begin - starts, begin, documents)
 
 
 @dataclass(kw_only=True)
@@ -115,6 +129,81 @@ def compression_blocks(document_ids: Tensor, ratio: int) -> Blocks:
 
 
 @dataclass
+class Shard:
+    """The part of `Blocks` that one shard of the row computes, and where all of them stand once they are gathered.
+
+    A shard computes the entries whose last token it has, from its own tokens and some in front of them.
+    """
+
+    own: Blocks  # of the tokens at hand with those in front; `first` and `end` mean nothing
+    leading: int  # first entries of `own` that serve the next ones only
+    order: Tensor | None  # [B, N] where each entry stands among those of all shards, one after another; None: as is
+
+
+def lay_out(place: Place, ratio: int, overlap: bool, sequence: Sequence = WHOLE) -> tuple[Shard, EntryRange]:
+    """What the compressor of a packed batch computes of the tokens at hand, and what entries of the row these see."""
+    blocks, begin = compression_blocks(place.documents, ratio), place.previous
+    if sequence.count == 1:
+        return Shard(blocks, 0, None), blocks
+    length = place.starts.shape[1]
+    shard = shard_blocks(blocks, begin, length, min(begin, tokens_before(ratio, overlap)), overlap)
+    here = slice(begin, begin + length)
+    return shard, EntryRange(first=blocks.first[:, here], end=blocks.end[:, here], ratio=ratio, offset=begin)
+
+
+def tokens_before(ratio: int, overlap: bool) -> int:
+    """How many tokens in front of a shard its entries may need."""
+    return 2 * ratio - 1 if overlap else ratio - 1
+
+
+def shard_blocks(blocks: Blocks, begin: int, length: int, before: int, overlap: bool) -> Shard:
+    """The shard of `length` tokens from `begin` on, with `before` tokens in front. All shards are of this length."""
+    ratio, device = blocks.ratio, blocks.tokens.device
+    batch, entries = blocks.valid.shape
+    if not entries:  # a row shorter than a block: one unused slot, so that there is something to index
+        unused = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        blocks = replace(
+            blocks,
+            tokens=unused[..., None].expand(-1, -1, ratio),
+            valid=unused.bool(),
+            has_previous=unused.bool(),
+            positions=unused,
+        )
+    last = torch.where(blocks.valid, blocks.tokens[..., -1], torch.iinfo(torch.long).max)
+    shards = -(-blocks.slot.shape[1] // length)
+    edges = torch.arange(shards, device=device) * length
+    closed = (last[..., None] < edges).sum(1)  # [B, shards] entries closed before each shard begins
+    slots = -(-length // ratio)  # at most so many are closed in one
+    leading = int(overlap)
+
+    index = closed[:, begin // length, None] - leading + torch.arange(slots + leading, device=device)
+    inside = (index >= 0) & (index < blocks.valid.shape[1])
+    index = index.clamp(0, blocks.valid.shape[1] - 1)
+    tokens = blocks.tokens.gather(1, index[..., None].expand(-1, -1, ratio)) - (begin - before)
+    valid = inside & blocks.valid.gather(1, index) & (tokens[..., 0] >= 0) & (tokens[..., -1] < before + length)
+    tokens = torch.where(valid[..., None], tokens, 0)
+    has_previous = blocks.has_previous.gather(1, index) & torch.nn.functional.pad(valid[:, :-1], (1, 0))
+    unused = valid.shape[1] * ratio
+    slot = torch.full((batch, before + length + 1), unused, device=device)
+    places = torch.arange(unused, device=device).view(1, -1, ratio).expand_as(tokens)
+    slot.scatter_(1, torch.where(valid[..., None], tokens, before + length).flatten(1), places.flatten(1))
+    own = Blocks(
+        first=blocks.first,
+        end=blocks.end,
+        ratio=ratio,
+        tokens=tokens,
+        valid=valid,
+        has_previous=has_previous,
+        positions=torch.where(valid, blocks.positions.gather(1, index), 0),
+        slot=slot[:, :-1],
+    )
+    owner = torch.where(blocks.valid, last, 0) // length
+    number = torch.arange(blocks.valid.shape[1], device=device) - closed.gather(1, owner)
+    order = torch.where(blocks.valid, owner * slots + number, 0)[:, :entries]
+    return Shard(own, leading, order)
+
+
+@dataclass
 class GlobalTokens:
     """The first tokens of each document, seen by all later ones of it: an extra list of entries.
 
@@ -139,14 +228,18 @@ class GlobalTokens:
         return same & (distance >= 0) & ~in_window(distance, self.window, self.dilation)
 
 
-def global_tokens(document_ids: Tensor, starts: Tensor, count: int, window: int, dilation: int) -> GlobalTokens:
-    """The first `count` tokens of each document of a packed batch [B, S]."""
+def global_tokens(place: Place, count: int, window: int, dilation: int) -> GlobalTokens:
+    """The first `count` tokens of each document of a packed batch, up to the last of the tokens [B, S] at hand."""
+    own = place.starts.shape[1]
+    document_ids = place.documents[:, : place.previous + own]
+    starts = document_starts(document_ids)
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     chosen = (index - starts < count) & (document_ids >= 0)
     slots = int(chosen.sum(1).max())
     order = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :slots]  # the chosen ones first, in order
     used = torch.arange(slots, device=order.device) < chosen.sum(1, keepdim=True)
-    return GlobalTokens(order, torch.where(used, starts.gather(1, order), -1), index, starts, window, dilation)
+    token_starts = torch.where(used, starts.gather(1, order), -1)
+    return GlobalTokens(order, token_starts, index[:, -own:], place.starts, window, dilation)
 
 
 def in_window(distance: Tensor, window: int, dilation: int) -> Tensor:

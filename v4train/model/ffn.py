@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from v4train.model.linear import StackedLinear
+from v4train.model.seams import Seams
 
 OAI_SLOPE = 1.702  # of the sigmoid in gpt-oss's SwiGLU
 
@@ -85,6 +86,8 @@ class _Gated(torch.autograd.Function):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)): [..., M] -> [..., M]; gate_up [2, I, M], down [M, I]."""
 
+    seams = Seams()
+
     def __init__(self, hidden_size: int, intermediate_size: int, limit: float | None) -> None:
         super().__init__()
         self.activation = Activation(*ACTIVATIONS["swiglu"], limit)
@@ -92,4 +95,9 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        heads = self.seams.heads
+        return heads.reduce(self.share(heads.copy(x)))
+
+    def share(self, x: Tensor) -> Tensor:
+        """What the inner channels at hand add to the output."""
         return self.down(_Gated.apply(self.gate_up(x), self.activation))

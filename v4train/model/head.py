@@ -10,6 +10,7 @@ from v4train.model.losses import Losses
 from v4train.model.norm import RMSNorm
 from v4train.model.precision import full
 from v4train.model.residual import COLLAPSES
+from v4train.model.seams import Seams
 
 
 class OutputNorm(nn.Module):
@@ -27,15 +28,19 @@ class OutputNorm(nn.Module):
 class LMHead(nn.Module):
     """Output matrix [V, M], read only here: logits, or the loss without them."""
 
+    seams = Seams()
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def forward(self, x: Tensor, targets: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         """fp32 logits [B, S, V]; with targets [B, S], (sum of the loss in nats, number of valid targets)."""
+        vocabulary = self.seams.vocabulary
         if targets is None:
-            return full(F.linear(x, self.weight))
-        total = linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten())
+            return vocabulary.gather(full(F.linear(x, self.weight)))
+        x = vocabulary.copy(x).flatten(0, 1)
+        total = linear_cross_entropy(x, self.weight, targets.flatten(), vocabulary)
         return total, (targets != -100).sum()
 
 

@@ -20,10 +20,11 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def initial_value(name: str, shape: torch.Size, config: ModelConfig) -> Tensor:
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, first_expert: int = 0) -> Tensor:
     """Initial value of one parameter or buffer, on the CPU, fp32 (int64 for a hash table).
 
-    Each expert of a stack `...experts...` [E, ...] is drawn by its own name, so that a rank needs only its experts.
+    Each expert of a stack `...experts...` [E, ...] is drawn by its own name: `shape` may be that of the stack from
+    `first_expert` on.
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "table":
@@ -38,7 +39,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig) -> Tensor:
     if leaf == "sink" or leaf.endswith("bias"):
         return torch.zeros(shape, device="cpu")
     if ".experts." in name:
-        return torch.stack([_normal(f"{name}.{expert}", shape[1:], config) for expert in range(shape[0])])
+        numbers = range(first_expert, first_expert + shape[0])
+        return torch.stack([_normal(f"{name}.{expert}", shape[1:], config) for expert in numbers])
     return _normal(name, shape, config)
 
 

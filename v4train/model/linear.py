@@ -1,8 +1,11 @@
-"""Linear layers whose weight is a stack of independent matrices: the last two dimensions are the matrix."""
+"""Linear layers whose weight is a stack of independent matrices: the last two dimensions are the matrix. And the last
+layer of a part whose inner channels may be shared out."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from v4train.model.seams import Seams
 
 
 class StackedLinear(nn.Module):
@@ -26,3 +29,16 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.flatten(0, -3).transpose(0, 1)
         return torch.bmm(grouped, self.weight.mT).transpose(0, 1).unflatten(0, x.shape[:-2])
+
+
+class SharedOutLinear(nn.Linear):
+    """[..., in] -> [..., out], where the inputs at hand may be a share of all: the sum over the shares, plus bias."""
+
+    seams = Seams()
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.seams.heads
+        if heads.count == 1:
+            return super().forward(x)
+        y = heads.reduce(F.linear(x, self.weight))
+        return y if self.bias is None else y + self.bias

@@ -11,6 +11,7 @@ added to the main loss itself.
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,14 @@ class _Attach(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         (loss,) = ctx.saved_tensors
         return gradient, torch.full_like(loss, ctx.scale), None
+
+
+class Recorded(NamedTuple):
+    """What forward passes recorded: a value's mean is its sum over its count, a share the ratio of its two sums."""
+
+    sums: dict[str, Tensor]
+    counts: dict[str, int]
+    shares: dict[str, tuple[Tensor, Tensor]]
 
 
 class Losses:
@@ -102,6 +111,10 @@ class Losses:
         if self.recording:
             self._values[name].append(value)
 
+    def last(self, name: str) -> Tensor:
+        """The value last recorded, with its gradient."""
+        return self._values[name][-1]
+
     def record_share(self, name: str, part: Tensor, whole: Tensor) -> None:
         """Keep part / whole for the log. Recorded several times it is the ratio of the sums."""
         if self.recording:
@@ -117,11 +130,18 @@ class Losses:
 
     def collect(self) -> dict[str, Tensor]:
         """Recorded values, each averaged over its layers, and shares; forgets them but for `shares`."""
-        values = {name: torch.stack(values).mean() for name, values in self._values.items()}
-        self.shares = {name: tuple(map(sum, zip(*pairs, strict=True))) for name, pairs in self._shares.items()}
+        sums, counts, self.shares = self.take()
+        values = {name: total / counts[name] for name, total in sums.items()}
+        return values | {name: share(*pair) for name, pair in self.shares.items()}
+
+    def take(self) -> Recorded:
+        """All that was recorded since the last call, and forget it."""
+        sums = {name: torch.stack(values).sum() for name, values in self._values.items()}
+        counts = {name: len(values) for name, values in self._values.items()}
+        shares = {name: tuple(map(sum, zip(*pairs, strict=True))) for name, pairs in self._shares.items()}
         self._values.clear()
         self._shares.clear()
-        return values | {name: share(*pair) for name, pair in self.shares.items()}
+        return Recorded(sums, counts, shares)
 
 
 def in_backward() -> bool:

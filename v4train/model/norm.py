@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from v4train.model.precision import full, full_precision
+from v4train.model.seams import Heads
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -59,8 +60,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _WeightedNormalise.apply(x, self.weight, self.eps)
+    def forward(self, x: Tensor, heads: Heads | None = None) -> Tensor:
+        """heads: where each head of x has the same weight, which share of the heads these are."""
+        weight = self.weight if heads is None else heads.copy(self.weight)
+        return _WeightedNormalise.apply(x, weight, self.eps)
 
 
 class _WeightedNormalise(torch.autograd.Function):

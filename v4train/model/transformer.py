@@ -27,6 +27,7 @@ from v4train.model.moe.router import ScoreRouter
 from v4train.model.mtp import MTP, next_tokens
 from v4train.model.recompute import RECOMPUTE_LEVELS
 from v4train.model.rules import ATTENTION_MODES
+from v4train.model.seams import Seams
 
 
 class ModelOutput(NamedTuple):
@@ -39,6 +40,8 @@ class ModelOutput(NamedTuple):
 
 class Transformer(nn.Module):
     """A DeepSeek-V4-style language model. Build it with `build_model`."""
+
+    seams = Seams()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -137,7 +140,7 @@ class Transformer(nn.Module):
         ):  # by kind: from different tokens on they see something
             counts[f"indexer_kl_{kind}"] = self._indexed_tokens(kind, document_ids)
         if self.mtp is not None:
-            _, documents, after = next_tokens(input_ids, document_ids, targets)
+            _, documents, after = next_tokens(input_ids, document_ids, targets, self.seams.sequence)
             counts["mtp_loss"] = (after != -100).sum()
             if (kind := self.config.mtp_layer.kind) in INDEXED_KINDS:
                 counts["indexer_kl_mtp"] = self._indexed_tokens(kind, documents)
@@ -147,8 +150,11 @@ class Transformer(nn.Module):
         """Tokens for which a layer's indexer has something to score."""
         if kind == "dsa":
             return (document_ids >= 0).sum()
-        blocks = compression_blocks(document_ids, self.config.attention.csa_compression)
-        return (blocks.end > blocks.first).sum()
+        sequence = self.seams.sequence
+        blocks = compression_blocks(sequence.whole(document_ids), self.config.attention.csa_compression)
+        sees = blocks.end > blocks.first
+        length = document_ids.shape[1]
+        return sees.narrow(1, sequence.begin(length), length).sum()
 
     @property
     def attention_mode(self) -> str:

@@ -7,7 +7,8 @@ Shape legend: `...` batch of matrices, `n` rows, `m` columns.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ def newton_schulz(matrices: Tensor, steps: tuple[int, int] = (8, 2), dtype: torc
     return x.reshape(matrices.shape).to(matrices.dtype)
 
 
+class Matrices(NamedTuple):
+    """What of a tensor is one matrix to Muon, beside its leading dimensions.
+
+    independent_rows: sizes of the matrices that are stacked along the rows (they sum to n), each orthogonalised and
+    scaled alone; None is one matrix. gather, part: where ranks have a part of each matrix, from that to the whole and
+    back.
+    """
+
+    independent_rows: Sequence[int] | None = None
+    gather: Callable[[Tensor], Tensor] | None = None
+    part: Callable[[Tensor], Tensor] | None = None
+
+
 def muon_update(
     gradient: Tensor,
     momentum: Tensor,
@@ -49,22 +63,21 @@ def muon_update(
     beta: float,
     update_rms: float,
     steps: tuple[int, int],
-    independent_rows: Sequence[int] | None = None,
+    matrices: Matrices = Matrices(),  # noqa: B008 (immutable)
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """One Muon update O `[..., n, m]`; the caller applies W <- W (1 - lr * weight_decay) - lr * O.
 
     gradient, momentum: `[..., n, m]`; `momentum` is changed in place to M = beta M + G, `gradient` is left alone.
     O = NewtonSchulz(beta M + G) * sqrt(max(n, m)) * update_rms, so a full-rank update has that root mean square.
-    independent_rows: sizes of the matrices that are stacked along the rows (they sum to n), each orthogonalised and
-    scaled alone; None is one matrix.
     """
     momentum.mul_(beta).add_(gradient)
     nesterov = torch.add(gradient, momentum, alpha=beta)
-    if independent_rows is None:
-        independent_rows = (gradient.shape[-2],)
+    if matrices.gather is not None:
+        nesterov = matrices.gather(nesterov)
     updates = []
-    for matrix in nesterov.split(list(independent_rows), dim=-2):
+    for matrix in nesterov.split(list(matrices.independent_rows or nesterov.shape[-2:-1]), dim=-2):
         scale = math.sqrt(max(matrix.shape[-2:])) * update_rms
         updates.append(newton_schulz(matrix, steps, dtype) * scale)
-    return updates[0] if len(updates) == 1 else torch.cat(updates, dim=-2)
+    update = updates[0] if len(updates) == 1 else torch.cat(updates, dim=-2)
+    return update if matrices.part is None else matrices.part(update)

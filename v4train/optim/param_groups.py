@@ -1,6 +1,8 @@
 """Which optimizer holds which parameter (V4 report 2.4): Muon for matrices, AdamW for the rest."""
 
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import nn
 
@@ -60,7 +62,13 @@ class ParameterGroup:
     use_muon: bool
     independent_rows: tuple[int, ...] | None  # Muon: sizes of the matrices stacked along the rows; None is one matrix
     indexer: bool  # parameters of lightning indexers, which some phases train alone or freeze
+    parts: tuple[tuple[str, int], ...]  # (axis, dimension counted from the end) along which ranks have parts of each
+    copy: bool  # of what an earlier pipeline stage has too
     parameters: dict[str, nn.Parameter]
+
+    def is_part(self, axis: str) -> bool:
+        """Whether ranks along this axis have parts of each parameter, and not all of it."""
+        return any(axis == name for name, _ in self.parts)
 
 
 def is_muon_parameter(name: str, parameter: nn.Parameter) -> bool:
@@ -68,24 +76,37 @@ def is_muon_parameter(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and "embed" not in name and "lm_head" not in name and not name.endswith("bias")
 
 
-def param_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
-    """Split the model's parameters: one group for each optimizer, set of stacked rows, and indexer or not.
+Parts = Mapping[str, tuple[tuple[str, int], ...]]
+
+
+def param_groups(
+    model: nn.Module,
+    config: OptimizerConfig,
+    parts: Parts = MappingProxyType({}),
+    copies: Set[str] = frozenset(),
+) -> list[ParameterGroup]:
+    """Split the model's parameters: one group for each optimizer, set of stacked rows, indexer or not, and how ranks
+    share the parameter out (`parts`, by name, as in `ParameterGroup`). Parameters on meta are other ranks'; `copies`
+    are here as well as there.
 
     Raises ValueError for a parameter without gradient (freeze groups with `Engine.freeze`: a state that exists on every
     parameter is what makes phases and checkpoints simple) and for `independent_rows` that do not fit the shape.
     """
     groups: dict[str, ParameterGroup] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in local_parameters(model):
         if not parameter.requires_grad:
             raise ValueError(f"{name} does not require a gradient; freeze its group with Engine.freeze instead")
         use_muon = config.name == "muon" and is_muon_parameter(name, parameter)
         rows = _independent_rows(name, parameter) if use_muon else None
         indexer = "indexer" in name
-        parts = ["muon" if use_muon else "adamw"]
-        parts += ["rows", *map(str, rows)] if rows else []
-        parts += ["indexer"] if indexer else []
-        key = "_".join(parts)
-        group = groups.setdefault(key, ParameterGroup(key, use_muon, rows, indexer, {}))
+        words = ["muon" if use_muon else "adamw"]
+        words += ["rows", *map(str, rows)] if rows else []
+        words += ["indexer"] if indexer else []
+        words += [f"{axis}{dim}" for axis, dim in parts.get(name, ())]
+        words += ["copy"] if name in copies else []
+        key, shared_out = "_".join(words), parts.get(name, ())
+        group = ParameterGroup(key, use_muon, rows, indexer, shared_out, name in copies, {})
+        group = groups.setdefault(key, group)
         group.parameters[name] = parameter
     return list(groups.values())
 
@@ -97,17 +118,23 @@ def parameter_counts(model: nn.Module, groups: list[ParameterGroup], config: Opt
     a matrix that is Muon's is not with Muon.
     """
     held = [(name, group.use_muon) for group in groups for name in group.parameters]
-    if sorted(name for name, _ in held) != sorted(name for name, _ in model.named_parameters()):
-        missed = {name for name, _ in model.named_parameters()} ^ {name for name, _ in held}
+    parameters = dict(local_parameters(model))
+    if sorted(name for name, _ in held) != sorted(parameters):
+        missed = set(parameters) ^ {name for name, _ in held}
         raise ValueError(f"every parameter must be in exactly one group; look at {sorted(missed) or 'duplicates'}")
     use_muon = dict(held)
     counts = {"muon": 0, "adamw": 0} if config.name == "muon" else {"adamw": 0}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if config.name == "muon" and use_muon[name] != is_muon_parameter(name, parameter):
             wrong, right = ("Muon", "AdamW") if use_muon[name] else ("AdamW", "Muon")
             raise ValueError(f"{name} {list(parameter.shape)} is held by {wrong} but belongs to {right}")
         counts["muon" if use_muon[name] else "adamw"] += parameter.numel()
     return counts
+
+
+def local_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters that are on this rank: other pipeline stages' are on meta."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta)
 
 
 def _independent_rows(name: str, parameter: nn.Parameter) -> tuple[int, ...] | None:

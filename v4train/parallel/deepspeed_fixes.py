@@ -6,14 +6,18 @@ Imports DeepSpeed inside the functions: which accelerator it takes is decided on
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from v4train.model.recompute import passes_on
-from v4train.optim.muon import muon_update
+from v4train.optim.muon import Matrices, muon_update
 from v4train.optim.param_groups import OptimizerConfig, ParameterGroup
+from v4train.parallel.groups import Groups
 
 
 def quiet() -> None:
@@ -39,18 +43,19 @@ def init_distributed(device: torch.device, timeout: timedelta) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
-def install_muon(groups: list[ParameterGroup], config: OptimizerConfig) -> None:
+def install_muon(groups: list[ParameterGroup], matrices: list[Matrices], config: OptimizerConfig) -> None:
     """Make DeepSpeed's ZeRO optimizers call our Muon update: theirs has other steps and scales, not configurable.
 
     In ZeRO 1-3 the optimizer sees only flat shards, so ZeRO itself gathers each matrix and calls `muon_update`. The
-    call sites hand over `param.muon_num_heads` untouched, which carries the sizes of the stacked matrices.
+    call sites hand over `param.muon_num_heads` untouched, which carries what of the tensor is a matrix; but for one of
+    ZeRO 1-2, where a partition is padded: `expecting` says it there.
     """
     from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 
-    for group in groups:
+    for group, of in zip(groups, matrices, strict=True):
         for parameter in group.parameters.values():
             parameter.use_muon = group.use_muon
-            parameter.muon_num_heads = group.independent_rows
+            parameter.muon_num_heads = of
 
     def update(
         grad: Tensor,
@@ -60,12 +65,25 @@ def install_muon(groups: list[ParameterGroup], config: OptimizerConfig) -> None:
         nesterov: bool = True,
         ns_method: str = "",
         is_expert_group: bool = False,
-        num_heads: tuple[int, ...] | None = None,
+        num_heads: Matrices | None = None,
     ) -> Tensor:
-        return muon_update(grad, momentum, independent_rows=num_heads, **muon_settings(config))
+        return muon_update(grad, momentum, matrices=num_heads or _expected[-1], **muon_settings(config))
 
     original_muon.muon_update = update
     muon_optimizer.muon_update = update
+
+
+_expected = [Matrices()]
+
+
+@contextmanager
+def expecting(matrices: Matrices) -> Iterator[None]:
+    """Inside, Muon updates that come without a word of what a matrix is are of these."""
+    _expected.append(matrices)
+    try:
+        yield
+    finally:
+        _expected.pop()
 
 
 def muon_settings(config: OptimizerConfig) -> dict:
@@ -100,10 +118,81 @@ class LossFirst(nn.Module):
     Without that hook the ZeRO optimizers miss the start of the backward pass.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, experts: nn.Module | None = None) -> None:
+        """experts: from `share_out_experts`."""
         super().__init__()
-        self.model = model
+        self.model, self.experts = model, experts
 
     def forward(self, *args: object, **kwargs: object) -> tuple[Tensor | None, object]:
         output = self.model(*args, **kwargs)
         return output.loss, output
+
+
+def share_out_experts(parameter_groups: list[ParameterGroup], groups: Groups) -> nn.Module | None:
+    """Tell DeepSpeed 0.19.8 of experts that ranks share out; returns a module without parameters that it looks for.
+
+    It knows its own MoE layer only, by class. The ranks that the parameters of one are reduced among it knows by name:
+    the parameter's and, in ZeRO 1-2, the optimizer group's. ZeRO 3 would take only what its own AutoEP has placed.
+    """
+    shared_out = [group for group in parameter_groups if group.is_part("expert")]
+    if not shared_out:
+        return None
+    from deepspeed.moe.layer import MoE
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.utils import groups as of_deepspeed
+
+    for name in ("experts", *(group.name for group in shared_out)):
+        of_deepspeed._EXPERT_PARALLEL_GROUP[name] = groups["expert"]
+        of_deepspeed._EXPERT_DATA_PARALLEL_GROUP[name] = groups["expert_replica"]
+    for group in shared_out:
+        for parameter in group.parameters.values():
+            parameter.allreduce, parameter.group_name = False, "experts"
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = "experts"
+    DeepSpeedEngine._validate_zero3_moe_compatibility = lambda self: None
+
+    class SharedOutExperts(MoE):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = 1
+
+        def set_deepspeed_parallelism(self, *_: object) -> None:
+            """The groups exist."""
+
+    return SharedOutExperts()
+
+
+class Mpu:
+    """The groups of tensor parallelism, as deepspeed 0.19.8 asks for them."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups["tensor"]
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._groups["tensor"])
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._groups["tensor"])
+
+    def get_model_parallel_src_rank(self) -> int:
+        return dist.get_global_rank(self._groups["tensor"], 0)
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_src_rank = get_model_parallel_src_rank
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups["replica"]
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._groups["replica"])
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._groups["replica"])
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self._groups["replica"])

@@ -1,17 +1,30 @@
 """DeepSpeed's engine with one behaviour in every ZeRO stage: the same gradient norm, clipping, Muon and state."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from v4train.optim.param_groups import OptimizerConfig, param_groups, parameter_counts
+from v4train.data import Batch
+from v4train.model.losses import Recorded
+from v4train.optim.param_groups import (
+    OptimizerConfig,
+    ParameterGroup,
+    local_parameters,
+    param_groups,
+    parameter_counts,
+)
 from v4train.parallel.deepspeed_config import deepspeed_config
-from v4train.parallel.deepspeed_fixes import LossFirst, sum_gradients_by_module
+from v4train.parallel.deepspeed_fixes import LossFirst, Mpu, share_out_experts, sum_gradients_by_module
 from v4train.parallel.gradients import gradients_of
+from v4train.parallel.groups import Groups, process_groups
+from v4train.parallel.layout import Layout
 from v4train.parallel.optimizer_state import ADAMW_KEYS, MUON_KEYS, STEP, WEIGHT, adamw_state, state_access
 from v4train.parallel.topology import ParallelismConfig, Topology
 
@@ -42,6 +55,7 @@ class Engine:
         optimizer_config: OptimizerConfig,
         parallelism: ParallelismConfig,
         topology: Topology,
+        layout: Layout | None = None,
         *,
         micro_batch_size: int,
         accumulation_steps: int,
@@ -52,34 +66,49 @@ class Engine:
 
         from v4train.parallel.muon_optimizer import build_optimizer
 
-        self.model = model
-        self.topology = topology
-        self.groups = param_groups(model, optimizer_config)
+        self.model, self.topology, self.layout = model, topology, layout
+        cuts = {} if layout is None else layout.cuts
+        dims = {name: parameter.dim() for name, parameter in model.named_parameters()}
+        parts = {name: tuple((cut.axis, cut.dim - dims[name]) for cut in of) for name, of in cuts.items()}
+        copies = frozenset() if layout is None else layout.copies
+        self.groups = param_groups(model, optimizer_config, parts, copies)
         self.parameter_counts = parameter_counts(model, self.groups, optimizer_config)
         # Before ZeRO 3 empties the parameters
-        self._parameters = {name: (parameter, parameter.shape) for name, parameter in model.named_parameters()}
+        self._parameters = {name: (parameter, parameter.shape) for name, parameter in local_parameters(model)}
         self._use_muon = {name: group.use_muon for group in self.groups for name in group.parameters}
-        self._grad_clip = grad_clip
-        self._optimizer = build_optimizer(self.groups, optimizer_config)
+        self._grad_clip, self.precision = grad_clip, precision
+        groups = process_groups(topology)
+        self._optimizer = build_optimizer(self.groups, optimizer_config, groups["tensor"])
         if parallelism.zero_stage < 3:
             sum_gradients_by_module(model)
-        self._engine, zero, _, _ = deepspeed.initialize(
-            model=LossFirst(model),
-            optimizer=self._optimizer,
-            config=deepspeed_config(
-                parallelism.deepspeed,
-                zero_stage=parallelism.zero_stage,
-                data_size=topology.data_size,
-                micro_batch_size=micro_batch_size,
-                accumulation_steps=accumulation_steps,
-                precision=precision,
-                use_muon=optimizer_config.name == "muon",
-            ),
-            dist_init_required=False,
+        config = deepspeed_config(
+            parallelism.deepspeed,
+            zero_stage=parallelism.zero_stage,
+            data_size=topology.sizes.replicas,
+            micro_batch_size=micro_batch_size,
+            accumulation_steps=accumulation_steps,
+            precision=precision,
+            use_muon=optimizer_config.name == "muon",
         )
-        self._gradients = gradients_of(parallelism.zero_stage, self._optimizer, zero)
+        self._engine, zero, _, _ = self._initialize(deepspeed, config, groups)
+        counted = {group.name for group in self.groups if self._counts(group, parallelism.zero_stage)}
+        self._gradients = gradients_of(parallelism.zero_stage, self._optimizer, zero, counted)
         self._state = state_access(parallelism.zero_stage, self._optimizer, zero)
         self._ready = self._begun = False  # the last, the first micro-batch has been through `forward_backward`
+
+    def _initialize(self, deepspeed: ModuleType, config: dict[str, Any], groups: Groups) -> tuple:
+        module = LossFirst(self.model, share_out_experts(self.groups, groups))
+        return deepspeed.initialize(
+            model=module, optimizer=self._optimizer, config=config, mpu=Mpu(groups), dist_init_required=False
+        )
+
+    def _counts(self, group: ParameterGroup, stage: int) -> bool:
+        """Whether this rank counts the group's gradients in a norm, of all the ranks that have the same ones."""
+        topology = self.topology
+        if group.copy or (not group.is_part("tensor") and topology.index("tensor")):
+            return False  # an earlier stage has it, or every rank along the axis has all of it
+        copies = "expert_replica" if group.is_part("expert") else "replica"
+        return stage > 0 or not topology.index(copies)  # ZeRO has no copies of a gradient
 
     def freeze(self, groups: Iterable[str]) -> None:
         """From the next step on, until the next call, leave these groups alone, by `ParameterGroup.name`.
@@ -116,6 +145,30 @@ class Engine:
             self._engine.step()  # DeepSpeed counts micro-batches here and changes nothing
         return output
 
+    def train(self, batches: Sequence[Batch]) -> Recorded:
+        """All micro-batches of a step, back-propagated; what their forward passes recorded, `loss` included."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = defaultdict(int)
+        shares: dict[str, tuple[Tensor, Tensor]] = {}
+        for batch in batches:
+            output = self.forward_backward(batch.input_ids, batch.document_ids, batch.targets)
+            for name, pair in self.model.losses.shares.items():
+                shares[name] = tuple(a + b for a, b in zip(shares[name], pair, strict=True)) if name in shares else pair
+            for name, value in {"loss": output.loss, **output.losses}.items():
+                if name not in self.model.losses.shares:
+                    sums[name] = sums.get(name, 0) + value.detach()
+                    counts[name] += 1
+        return Recorded(sums, counts, shares)
+
+    def validation_loss(self, batch: Batch) -> Tensor:
+        """`lm_loss` of a batch, 0-dim; 0 where it is another rank's to know. The caller sets `model.eval()`."""
+        return self.forward(batch.input_ids, batch.document_ids, batch.targets).losses["lm_loss"]
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Logits [B, S, V] of whole rows, the same on every rank. The caller sets `model.eval()`."""
+        with nullcontext() if self.layout is None else self.layout.whole_rows(self.model):
+            return self.forward(input_ids).logits
+
     def step(self, learning_rate: float, learning_rates_by_group: Mapping[str, float] | None = None) -> StepResult:
         """Update the weights once. `learning_rates_by_group` overrides the rate of groups by `ParameterGroup.name`.
 
@@ -133,13 +186,16 @@ class Engine:
                 factor = self._grad_clip / (math.sqrt(adamw) + 1e-6)
                 if factor < 1.0:
                     self._gradients.scale_adamw(factor)
-            self._engine.step()
+            self._take_step()
         else:
             with self._gradients.discarded():
-                self._engine.step()
+                self._take_step()
         self._gradients.clear()
         self._ready = self._begun = False
         return StepResult(grad_norm, finite)
+
+    def _take_step(self) -> None:
+        self._engine.step()
 
     def _set_learning_rates(self, learning_rate: float, by_group: Mapping[str, float]) -> None:
         self._check_names(by_group)
@@ -153,18 +209,23 @@ class Engine:
 
     @torch.no_grad()
     def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(canonical name, tensors) of every parameter, in the model's order, whole, float32, on the CPU.
+        """(canonical name, tensors) of every parameter here, in the model's order, whole, float32, on the CPU.
 
         Always `weight`; for Muon `momentum_buffer`; for AdamW `exp_avg`, `exp_avg_sq` and the 0-dim `step`. The same
         whatever the layout. Collective, one tensor at a time: every rank must run it to the end.
         """
         for name, (parameter, shape) in self._parameters.items():
+            if self.layout is not None and name in self.layout.copies:
+                continue
             keys = MUON_KEYS if self._use_muon[name] else ADAMW_KEYS
-            tensors = {key: self._state.get(parameter, key).cpu().view(shape).clone() for key in (WEIGHT, *keys)}
+            tensors = {key: self._whole(name, self._state.get(parameter, key).view(shape)) for key in (WEIGHT, *keys)}
             if not self._use_muon[name]:
                 step = self._optimizer.state[self._state.holder(parameter)].get(STEP)
                 tensors[STEP] = torch.zeros(()) if step is None else step.detach().cpu().clone()
             yield name, tensors
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        return (part if self.layout is None else self.layout.whole(name, part)).cpu().clone()
 
     @torch.no_grad()
     def load_named_state(self, read: Callable[[str], dict[str, Tensor]]) -> None:
@@ -176,13 +237,15 @@ class Engine:
         for name, (parameter, shape) in self._parameters.items():
             tensors = read(name)
             muon = self._use_muon[name]
-            expected = dict.fromkeys((WEIGHT, *(MUON_KEYS if muon else ADAMW_KEYS)), shape)
+            whole = shape if self.layout is None else self.layout.shapes[name]
+            expected = dict.fromkeys((WEIGHT, *(MUON_KEYS if muon else ADAMW_KEYS)), whole)
             expected |= {} if muon else {STEP: torch.Size(())}
             found = {key: tensor.shape for key, tensor in tensors.items()}
             if found != expected:
                 raise ValueError(f"state of {name} does not fit: expected {_shapes(expected)}, found {_shapes(found)}")
             for key in (WEIGHT, *(MUON_KEYS if muon else ADAMW_KEYS)):
-                self._state.set(parameter, key, tensors[key].reshape(-1))
+                tensor = tensors[key] if self.layout is None else self.layout.part(name, tensors[key])
+                self._state.set(parameter, key, tensor.reshape(-1))
             if not muon:
                 # Parameters in one flat buffer share the count; they always have the same.
                 adamw_state(self._optimizer, self._state.holder(parameter))[STEP].copy_(tensors[STEP])

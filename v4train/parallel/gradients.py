@@ -4,13 +4,16 @@ Each class knows where one kind of engine keeps them. They answer four things: t
 before Muon touches it; scale what AdamW holds; let a step do nothing; leave groups of parameters out of it all.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from v4train.optim.muon import Matrices
+from v4train.parallel.deepspeed_fixes import expecting
 
 
 class Gradients(Protocol):
@@ -41,25 +44,34 @@ def _sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     return torch.where(total > torch.finfo(torch.float32).max, torch.inf, total)
 
 
-class WholeGradients:
-    """Stage 0: `param.grad` is whole and equal on every rank."""
+def _over_all_ranks(adamw: Tensor, muon: Tensor) -> tuple[float, float]:
+    sums = torch.stack([adamw, muon.to(adamw.device)])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(sums)
+    return tuple(sums.tolist())
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._groups = optimizer.param_groups
+
+class WholeGradients:
+    """Stage 0: `param.grad` is whole and equal on every rank that has the parameter."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, counted: Collection[str]) -> None:
+        self._groups, self._counted = optimizer.param_groups, counted
         self._frozen: frozenset[str] = frozenset()
 
     def freeze(self, groups: frozenset[str]) -> None:
         self._frozen = groups
 
-    def _tensors(self, use_muon: bool) -> list[Tensor]:
-        groups = [g["params"] for g in self._groups if g["use_muon"] == use_muon and g["name"] not in self._frozen]
+    def _tensors(self, use_muon: bool, among: Collection[str] | None = None) -> list[Tensor]:
+        chosen = [g for g in self._groups if g["use_muon"] == use_muon and g["name"] not in self._frozen]
+        groups = [g["params"] for g in chosen if among is None or g["name"] in among]
         return [parameter.grad for parameters in groups for parameter in parameters]
 
     def square_sums(self) -> tuple[float, float]:
-        return _sum_of_squares(self._tensors(False)).item(), _sum_of_squares(self._tensors(True)).item()
+        return _over_all_ranks(*(_sum_of_squares(self._tensors(muon, self._counted)) for muon in (False, True)))
 
     def scale_adamw(self, factor: float) -> None:
-        torch._foreach_mul_(self._tensors(False), factor)
+        if tensors := self._tensors(False):
+            torch._foreach_mul_(tensors, factor)
 
     @contextmanager
     def discarded(self) -> Iterator[None]:
@@ -75,33 +87,33 @@ class WholeGradients:
 class _ShardedGradients:
     """What ZeRO 1-3 have in common: `averaged_gradients[i]` are this rank's pieces of group i, without overlap."""
 
-    def __init__(self, zero: object, groups: list[dict]) -> None:
+    def __init__(self, zero: object, groups: list[dict], counted: Collection[str]) -> None:
         """groups: what each of `averaged_gradients` belongs to."""
         self._zero, self._names = zero, [group["name"] for group in groups]
+        self._counted = {i for i, name in enumerate(self._names) if name in counted}
         self._use_muon = [bool(group["use_muon"]) for group in groups]
         self._frozen: set[int] = set()
 
     def freeze(self, groups: frozenset[str]) -> None:
         self._frozen = {i for i, name in enumerate(self._names) if name in groups}
 
-    def _pieces(self, use_muon: bool) -> list[Tensor]:
-        groups = [i for i, muon in enumerate(self._use_muon) if muon == use_muon]
+    def _pieces(self, use_muon: bool, among: Collection[int] | None = None) -> list[Tensor]:
+        groups = [i for i, muon in enumerate(self._use_muon) if muon == use_muon and (among is None or i in among)]
         return [piece for i in groups for piece in self._zero.averaged_gradients[i]]
 
     def _muon_square_sum(self) -> Tensor:
-        return _sum_of_squares(self._pieces(True))
+        return _sum_of_squares(self._pieces(True, self._counted))
 
     def square_sums(self) -> tuple[float, float]:
         for i in self._frozen:  # DeepSpeed's own norm, which may drop a step, shall not see them either
             torch._foreach_zero_(self._zero.averaged_gradients[i])
         device = self._zero.averaged_gradients[0][0].device
-        sums = torch.stack([_sum_of_squares(self._pieces(False)).to(device), self._muon_square_sum().to(device)])
-        dist.all_reduce(sums, group=self._zero.dp_process_group)
-        adamw, muon = sums.tolist()
-        return adamw, muon
+        adamw = _sum_of_squares(self._pieces(False, self._counted))
+        return _over_all_ranks(adamw.to(device), self._muon_square_sum())
 
     def scale_adamw(self, factor: float) -> None:
-        torch._foreach_mul_(self._pieces(False), factor)
+        if pieces := self._pieces(False):
+            torch._foreach_mul_(pieces, factor)
 
     @contextmanager
     def discarded(self) -> Iterator[None]:
@@ -122,9 +134,13 @@ class FlatGradients(_ShardedGradients):
     doesn't come that far: it gets no update, and no momentum to commit.
     """
 
-    def __init__(self, zero: object, groups: list[dict]) -> None:
-        super().__init__(zero, groups)
+    def __init__(self, zero: object, groups: list[dict], counted: Collection[str]) -> None:
+        super().__init__(zero, groups, counted)
+        self._matrices = [group.get("matrices", Matrices()) for group in groups]
         self._squares: dict[int, Tensor] = {}
+        self._norm = torch.zeros(())
+        # Its own takes a collective for each group, of which pipeline stages have different ones.
+        zero.scaled_global_norm = lambda norm_type=2: self._norm
         self._original = zero.get_flat_partition
         zero.get_flat_partition = self._get_flat_partition
 
@@ -140,7 +156,13 @@ class FlatGradients(_ShardedGradients):
             return self._original([], *args, **kwargs)  # zeros, as for a rank that holds none of the group
         if self._use_muon[group]:
             self._squares[group] = _sum_of_squares(self._owned(group, tensor_list))
-        return self._original(tensor_list, *args, **kwargs)
+        with expecting(self._matrices[group]):
+            return self._original(tensor_list, *args, **kwargs)
+
+    def square_sums(self) -> tuple[float, float]:
+        sums = super().square_sums()
+        self._norm = torch.tensor(sums, dtype=torch.float64).sum().sqrt()
+        return sums
 
     def _owned(self, group: int, parameters: list[Tensor]) -> Iterator[Tensor]:
         zero = self._zero
@@ -152,7 +174,8 @@ class FlatGradients(_ShardedGradients):
             yield gradient.reshape(-1)[start : start + room]
 
     def _muon_square_sum(self) -> Tensor:
-        squares = [self._squares[i] for i, muon in enumerate(self._use_muon) if muon and i not in self._frozen]
+        muon = [i for i, uses in enumerate(self._use_muon) if uses and i in self._counted and i not in self._frozen]
+        squares = [self._squares[i] for i in muon]
         return torch.stack(squares).sum() if squares else _sum_of_squares([])
 
 
@@ -179,11 +202,15 @@ class PartitionedGradients(_ShardedGradients):
         self._zero.grad_partitions_flat_buffer.zero_()
 
 
-def gradients_of(stage: int, optimizer: torch.optim.Optimizer, zero: object) -> Gradients:
-    """`optimizer` is ours, `zero` is what `deepspeed.initialize` made of it."""
+def gradients_of(stage: int, optimizer: torch.optim.Optimizer, zero: object, counted: Collection[str]) -> Gradients:
+    """`optimizer` is ours, `zero` is what `deepspeed.initialize` made of it.
+
+    counted: names of the groups whose gradients this rank counts in the norms; the ranks together count each once.
+    """
     if stage == 0:
-        return WholeGradients(optimizer)
+        return WholeGradients(optimizer, counted)
     groups = optimizer.param_groups
     if stage == 3:
-        return PartitionedGradients(zero, [groups[zero.sub_group_to_group_id[i]] for i in range(len(zero.fp16_groups))])
-    return FlatGradients(zero, groups)
+        of_sub_groups = [groups[zero.sub_group_to_group_id[i]] for i in range(len(zero.fp16_groups))]
+        return PartitionedGradients(zero, of_sub_groups, counted)
+    return FlatGradients(zero, groups, counted)

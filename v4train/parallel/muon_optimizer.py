@@ -1,10 +1,12 @@
 """The optimizer objects given to DeepSpeed. Import it only after `start_distributed`: it imports DeepSpeed."""
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-from v4train.optim.muon import muon_update
+from v4train.optim.muon import Matrices, muon_update
 from v4train.optim.param_groups import OptimizerConfig, ParameterGroup
+from v4train.parallel.collectives import gathered
 from v4train.parallel.deepspeed_fixes import install_muon, muon_settings
 
 
@@ -40,23 +42,40 @@ class MuonWithAdamW(MuonWithAuxAdam):
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            update = muon_update(
-                update, state["momentum_buffer"], independent_rows=group["independent_rows"], **self._muon_settings
-            )
+            update = muon_update(update, state["momentum_buffer"], matrices=group["matrices"], **self._muon_settings)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"])
 
 
-def build_optimizer(groups: list[ParameterGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Muon with AdamW, or AdamW alone. Learning rates start at 0 and are set before each step."""
-    settings = [_settings(group, config) for group in groups]
+def build_optimizer(
+    groups: list[ParameterGroup], config: OptimizerConfig, tensor_group: dist.ProcessGroup | None = None
+) -> torch.optim.Optimizer:
+    """Muon with AdamW, or AdamW alone. Learning rates start at 0 and are set before each step.
+
+    tensor_group: ranks that have parts of the same matrices.
+    """
+    matrices = [matrices_of(group, tensor_group) for group in groups]
+    settings = [_settings(group, config, of) for group, of in zip(groups, matrices, strict=True)]
     if config.name == "adamw":
         optimizer = torch.optim.AdamW(settings, **_adamw_settings(config))
     else:
-        install_muon(groups, config)
+        install_muon(groups, matrices, config)
         optimizer = MuonWithAdamW(settings, config)
     optimizer.register_step_pre_hook(_drop_frozen_gradients)
     return optimizer
+
+
+def matrices_of(group: ParameterGroup, tensor_group: dist.ProcessGroup | None) -> Matrices:
+    """What Muon has to gather: parts of a matrix, its last two dimensions, and not parts of a stack."""
+    dims = [dim for axis, dim in group.parts if axis == "tensor" and dim >= -2]
+    if not dims:
+        return Matrices(group.independent_rows)
+    rank, ranks = dist.get_rank(tensor_group), dist.get_world_size(tensor_group)
+    return Matrices(
+        group.independent_rows,
+        gather=lambda x: gathered(x, dims[0], tensor_group),
+        part=lambda x: x.chunk(ranks, dims[0])[rank].contiguous(),
+    )
 
 
 def _drop_frozen_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -67,17 +86,18 @@ def _drop_frozen_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None
                 parameter.grad = None
 
 
-def _settings(group: ParameterGroup, config: OptimizerConfig) -> dict:
+def _settings(group: ParameterGroup, config: OptimizerConfig, matrices: Matrices) -> dict:
     common = {
         "params": list(group.parameters.values()),
         "name": group.name,
+        "moe": group.is_part("expert"),  # for deepspeed: reduce among ranks that have the same experts
         "use_muon": group.use_muon,
         "frozen": False,  # `Engine.freeze`
         "lr": 0.0,
         "weight_decay": config.weight_decay,
     }
     if group.use_muon:
-        return common | {"momentum": config.momentum, "independent_rows": group.independent_rows}
+        return common | {"momentum": config.momentum, "matrices": matrices}
     return common | {"betas": config.betas, "eps": config.eps}
 
 

@@ -1,9 +1,13 @@
 """Which rank this process is, and how the ranks share the work.
 
+The ranks are a box of pipeline x data x context x tensor, the last varying fastest, so that those that exchange most
+are neighbours. Experts are spread over data x context: `expert` neighbours among those hold one set of them.
+
 Everything up to `start_distributed` is arithmetic on the configuration and the environment, so an impossible layout
 stops a run before anything is allocated.
 """
 
+import math
 import os
 import re
 import socket
@@ -12,13 +16,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 
 from v4train.errors import ConfigError
 from v4train.parallel.deepspeed_config import check_deepspeed_keys
 
-# Sizes that later versions split the world by; today's engine runs data parallelism only.
-UNSUPPORTED = ("expert", "tensor", "pipeline", "context")
+AXES = ("pipeline", "data", "context", "tensor")
 
 
 @dataclass
@@ -26,7 +30,7 @@ class ParallelismConfig:
     """Values and their meaning: conf/parallelism/*.yaml."""
 
     data: int | None
-    expert: int
+    expert: int | None
     tensor: int
     pipeline: int
     context: int
@@ -35,15 +39,60 @@ class ParallelismConfig:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """How many ranks each dimension has. Their product, but for `expert`, is the world."""
+
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.pipeline * self.data * self.context * self.tensor
+
+    @property
+    def replicas(self) -> int:
+        """Ranks over which the gradients of a parameter that is no expert's are averaged: data x context."""
+        return self.data * self.context
+
+    def __str__(self) -> str:
+        return ", ".join(f"{axis} {getattr(self, axis)}" for axis in (*AXES, "expert"))
+
+
+@dataclass(frozen=True)
 class Topology:
     """This process's place: ranks count from 0; `device` is `cpu` or `cuda:<local_rank>`."""
 
     rank: int
-    world_size: int
     local_rank: int
-    data_rank: int
-    data_size: int
+    sizes: Sizes
     device: torch.device
+
+    @property
+    def world_size(self) -> int:
+        return self.sizes.world
+
+    def index(self, axis: str) -> int:
+        """Rank along `pipeline`, `data`, `context`, `tensor`, `replica` (data x context) or `expert`."""
+        return next(group.index(self.rank) for group in self.groups(axis) if self.rank in group)
+
+    def groups(self, axis: str) -> list[list[int]]:
+        """All groups of ranks that differ along one axis only, in its order.
+
+        Besides those of `index`: `expert_replica`, ranks that hold the same experts.
+        """
+        sizes = self.sizes
+        box = np.arange(sizes.world).reshape([getattr(sizes, name) for name in AXES])
+        if axis in AXES:
+            box = np.moveaxis(box, AXES.index(axis), -1)
+            return box.reshape(-1, box.shape[-1]).tolist()
+        box = box.reshape(sizes.pipeline, sizes.replicas // sizes.expert, sizes.expert, sizes.tensor)
+        if axis == "replica":
+            box = box.reshape(sizes.pipeline, sizes.replicas, sizes.tensor)
+        box = np.moveaxis(box, {"replica": 1, "expert_replica": 1, "expert": 2}[axis], -1)
+        return box.reshape(-1, box.shape[-1]).tolist()
 
 
 def make_topology(config: ParallelismConfig, device: str = "cpu", environ: Mapping[str, str] | None = None) -> Topology:
@@ -52,37 +101,54 @@ def make_topology(config: ParallelismConfig, device: str = "cpu", environ: Mappi
     device: `cpu` or `cuda`. environ: of this process if None. Raises ConfigError for a layout that cannot run.
     """
     rank, world_size, local_rank = read_ranks(os.environ if environ is None else environ)
-    data_size = check_layout(config, world_size)
     place = torch.device("cuda", local_rank) if torch.device(device).type == "cuda" else torch.device(device)
-    return Topology(rank, world_size, local_rank, data_rank=rank, data_size=data_size, device=place)
+    return Topology(rank, local_rank, check_layout(config, world_size), place)
 
 
-def check_layout(config: ParallelismConfig, world_size: int) -> int:
-    """Raise ConfigError unless the layout fits `world_size` ranks; return the data-parallel size."""
-    for key in UNSUPPORTED:
-        size = getattr(config, key)
-        if size != 1:
-            raise ConfigError(
-                f"parallelism.{key}", size, f"{key} parallelism is not available yet", f"set parallelism.{key}=1"
-            )
+def check_layout(config: ParallelismConfig, world_size: int) -> Sizes:
+    """Sizes of every dimension on `world_size` ranks. Raises ConfigError where the layout doesn't fit them."""
+    given = {name: getattr(config, name) for name in (*AXES, "expert")}
+    for name, size in given.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"parallelism.{name}", size, "it must be at least 1", f"set parallelism.{name}=1")
     if config.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(
             "parallelism.zero_stage", config.zero_stage, "ZeRO has stages 0 to 3", "use 0, 1, 2 or 3; 1 is the default"
         )
     check_deepspeed_keys(config.deepspeed)
-    if config.data is None:
-        return world_size
-    if config.data != world_size:
-        sizes = "data {data} x expert {expert} x tensor {tensor} x pipeline {pipeline} x context {context}"
-        plural = "" if world_size == 1 else "es"
-        raise ConfigError(
-            "parallelism.data",
-            config.data,
-            f"the sizes {sizes.format(**vars(config))} must multiply to the {world_size} process{plural} started",
-            f"set parallelism.data={world_size} (or null), or start {config.data} with torchrun "
-            f"--nproc-per-node={config.data}",
-        )
-    return config.data
+    fixed = math.prod(given[name] or 1 for name in AXES)
+    if world_size % fixed or (given["data"] is not None and fixed != world_size):
+        _refuse_sizes(given, world_size)
+    given["data"] = given["data"] or world_size // fixed
+    replicas = given["data"] * given["context"]
+    given["expert"] = given["expert"] or replicas
+    if replicas % given["expert"]:
+        rule = f"experts are spread over data {given['data']} x context {given['context']} ranks: it must divide them"
+        fitting = math.gcd(given["expert"], replicas)
+        raise ConfigError("parallelism.expert", given["expert"], rule, f"for example parallelism.expert={fitting}")
+    if given["pipeline"] > 1 and config.zero_stage > 1:
+        rule = "DeepSpeed's pipeline holds whole gradients and parameters"
+        raise ConfigError("parallelism.zero_stage", config.zero_stage, rule, "set parallelism.zero_stage=1")
+    return Sizes(**given)
+
+
+def _refuse_sizes(given: Mapping[str, int | None], world_size: int) -> None:
+    """Names the sizes, the rule, and the nearest layout that works."""
+    product = " x ".join(f"{name} {given[name]}" for name in AXES if given[name] is not None)
+    plural = "" if world_size == 1 else "es"
+    left, fitting = world_size, {}
+    for name in ("tensor", "context", "pipeline"):
+        fitting[name] = math.gcd(given[name], left)
+        left //= fitting[name]
+    fitting["data"] = left
+    wrong = [name for name, size in fitting.items() if given[name] is not None and given[name] != size]
+    key = "data" if wrong == ["data"] else next(name for name in wrong if name != "data")
+    remedy = f"set {' '.join(f'parallelism.{name}={fitting[name]}' for name in wrong)}"
+    needed = math.prod(given[name] or 1 for name in AXES)
+    rule = f"{product} must {'divide' if given['data'] is None else 'be'} the {world_size} process{plural} started"
+    raise ConfigError(
+        f"parallelism.{key}", given[key], rule, f"{remedy}, or start {needed} with torchrun --nproc-per-node={needed}"
+    )
 
 
 def read_ranks(environ: Mapping[str, str]) -> tuple[int, int, int]:

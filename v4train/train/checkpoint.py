@@ -4,7 +4,7 @@
         manifest.json               step, trainer state, configuration, SHA-256 of every file
         weight-00000.safetensors    fp32 master of each parameter, whole, by canonical name
         exp_avg-00000.safetensors   and so on: one file for each optimizer state and writing rank
-        buffers.safetensors         router biases and hash tables
+        buffers-00000.safetensors   router biases and hash tables, one file for each pipeline stage
 
 Each rank writes the tensors that fall to it; names and shapes do not depend on the layout, so any number of ranks can
 read them. A checkpoint is written under a temporary name and renamed when it is complete on disk.
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from v4train.errors import ConfigError
@@ -64,15 +64,18 @@ def save(
     buffers: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
+    stages: int = 1,
 ) -> Path:
     """Write `folder/step_XXXXXXXX` and remove all but the `keep` newest (0: keep all). Collective.
 
     Args:
-        parameters: (canonical name, whole CPU tensors by state name), the same sequence on every rank.
-        buffers: whole CPU tensors by canonical name, equal on every rank.
+        parameters: (canonical name, whole CPU tensors by state name), the same sequence on every rank of a stage.
+        buffers: whole CPU tensors by canonical name, equal on every rank of a stage.
         state: JSON-able state of the trainer.
+        stages: the pipeline's, equally many consecutive ranks each, which have different tensors.
     """
     rank, world = _rank_and_world()
+    writers = world // stages
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.tmp"
     if rank == 0:
@@ -81,11 +84,11 @@ def save(
     _barrier()
     written: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for index, (name, tensors) in enumerate(parameters):
-        if index % world == rank:
+        if index % writers == rank % writers:
             for kind, tensor in tensors.items():
                 written[f"{kind}-{rank:05d}"][name] = tensor.contiguous()
-    if rank == 0:
-        written[BUFFERS] = {name: tensor.contiguous() for name, tensor in buffers.items()}
+    if rank % writers == 0:
+        written[f"{BUFFERS}-{rank:05d}"] = {name: tensor.contiguous() for name, tensor in buffers.items()}
     digests = {}
     for stem, tensors in written.items():
         path = temporary / f"{stem}.safetensors"
@@ -140,11 +143,13 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self.path, self.manifest = path, read_manifest(path)
-        self._buffers = path / f"{BUFFERS}.safetensors"
+        self._buffers: list[Path] = []
         self._where: dict[str, dict[str, Any]] = defaultdict(dict)  # name -> state name -> open file
         for file_name in self.manifest["files"]:
-            kind, dash, _ = file_name.rpartition("-")
-            if dash:
+            kind = file_name.removesuffix(".safetensors").partition("-")[0]
+            if kind == BUFFERS:
+                self._buffers.append(path / file_name)
+            else:
                 file = safe_open(path / file_name, framework="pt")
                 for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                     self._where[name][kind] = file
@@ -159,8 +164,7 @@ class Reader:
 
     def buffers(self) -> dict[str, Tensor]:
         """All buffers by canonical name."""
-        with safe_open(self._buffers, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: tensor for path in self._buffers for name, tensor in load_file(path).items()}
 
 
 def load_model(path: Path) -> Transformer:

@@ -1,16 +1,27 @@
 """Small sums over all ranks, in one collective each."""
 
+from collections.abc import Hashable, Mapping
+from itertools import chain
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def all_sum(values: dict[str, Tensor | float], device: torch.device) -> dict[str, float]:
-    """Sum of each value over the ranks (fp64); every rank gives the same names."""
+def all_sum(
+    values: Mapping[Hashable, Tensor | float], device: torch.device, same_names: bool = True
+) -> dict[Any, float]:
+    """Sum of each value over the ranks that have it (fp64). same_names: every rank has all of them."""
     vector = torch.stack([torch.as_tensor(value).double().cpu() for value in values.values()])
-    if dist.get_world_size() > 1:
+    if dist.get_world_size() > 1 and same_names:
         vector = _reduced(vector, device)
-    return dict(zip(values, vector.tolist(), strict=True))
+    own = dict(zip(values, vector.tolist(), strict=True))
+    if same_names:
+        return own
+    everyones: list[dict[Any, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyones, own)
+    return {name: sum(of.get(name, 0.0) for of in everyones) for name in dict.fromkeys(chain(*everyones))}
 
 
 def all_sum_tensor(tensor: Tensor) -> Tensor:

@@ -15,9 +15,12 @@ from v4train.model.compiled import compile_model
 from v4train.model.counts import parameter_counts
 from v4train.model.precision import has_fast_bf16
 from v4train.parallel.engine import Engine
+from v4train.parallel.layout import Layout
+from v4train.parallel.pipeline import PipelineEngine
 from v4train.parallel.topology import start_distributed, stop_distributed
 from v4train.train import checkpoint
 from v4train.train.allocator import keep_freed_memory
+from v4train.train.lost_ranks import give_up, is_lost_peer
 from v4train.train.metrics import read_metrics, write_summary
 from v4train.train.plots import loss_plot
 from v4train.train.progress import setup_logging, start_table
@@ -34,6 +37,10 @@ def pretrain(settings: Settings) -> dict[str, float]:
     start_distributed(settings.topology)
     try:
         return run(settings)
+    except RuntimeError as error:
+        if settings.topology.world_size == 1 or not is_lost_peer(error):
+            raise
+        give_up(settings.run.dir, settings.topology.rank, error)
     finally:
         stop_distributed()
 
@@ -89,18 +96,21 @@ def _make_trainer(settings: Settings, directory: RunDirectory, reader: checkpoin
         if settings.precision == "bf16" and not has_fast_bf16():
             logger.warning("precision=bf16: this CPU has no bf16 instructions, so products are slower than with fp32")
     tokenizer, corpus = load_data(settings.data, settings.tokenizer)
-    with topology.device:
+    with torch.device("meta"):
         model = build_model(settings.model)
+    layout = Layout(model, topology, train.sequence_length)
+    layout.materialise(model)
     model.recompute = train.recompute
     if settings.compile:
         compile_model(model)
-    engine = Engine(
+    engine = (PipelineEngine if topology.sizes.pipeline > 1 else Engine)(
         model,
         settings.optimizer,
         settings.parallelism,
         topology,
+        layout,
         micro_batch_size=train.micro_batch_size,
-        accumulation_steps=train.global_batch_size // (train.micro_batch_size * topology.data_size),
+        accumulation_steps=train.global_batch_size // (train.micro_batch_size * topology.sizes.data),
         grad_clip=train.grad_clip,
         precision=settings.precision,
     )
@@ -139,9 +149,9 @@ def _show_start(trainer: Trainer, start: Path | None, seconds: float) -> None:
         return
     settings, train, topology = trainer.settings, trainer.train, trainer.topology
     total, active = parameter_counts(settings.model)
-    sizes = {name: getattr(settings.parallelism, name) for name in ("expert", "tensor", "pipeline", "context")}
+    sizes = {name: getattr(topology.sizes, name) for name in ("pipeline", "context", "tensor", "expert")}
     others = "".join(f" x {name} {size}" for name, size in sizes.items() if size > 1)
-    layout = f"data {topology.data_size}{others}, ZeRO {settings.parallelism.zero_stage}, {topology.device.type}"
+    layout = f"data {topology.sizes.data}{others}, ZeRO {settings.parallelism.zero_stage}, {topology.device.type}"
     split = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in trainer.engine.parameter_counts.items())
     batch = f"{train.global_batch_size} x {train.sequence_length} tokens a step"
     rows = [
@@ -193,7 +203,7 @@ def _sample(trainer: Trainer) -> str:
     trainer.model.eval()
 
     def logits_of(ids: torch.Tensor) -> torch.Tensor:
-        return trainer.engine.forward(ids.to(trainer.topology.device)).logits
+        return trainer.engine.logits(ids.to(trainer.topology.device))
 
     prompt, length, temperature = train.sample_prompt, train.sample_tokens, train.sample_temperature
     text = generate(logits_of, trainer.tokenizer, prompt, length, temperature, trainer.settings.seed)

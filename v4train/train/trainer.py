@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from v4train.data import (
     validation_batches,
 )
 from v4train.model import Transformer
-from v4train.model.losses import share
+from v4train.model.losses import Recorded, share
 from v4train.model.moe.balance import max_violation
 from v4train.optim.schedules import learning_rate
 from v4train.parallel.engine import Engine
@@ -67,11 +68,13 @@ class Trainer:
             self.train.sequence_length,
             self.train.global_batch_size,
             self.train.micro_batch_size,
-            self.topology.data_rank,
-            self.topology.data_size,
+            self.topology.index("data"),
+            self.topology.sizes.data,
             settings.seed,
         )
-        self.accumulation = self.train.global_batch_size // (self.train.micro_batch_size * self.topology.data_size)
+        self.accumulation = self.train.global_batch_size // (self.train.micro_batch_size * self.topology.sizes.data)
+        # Of ranks with the same tokens one counts
+        self.counts = not self.topology.index("tensor")
         self.step = 0
         self.restored_step: int | None = None
         self.interrupted = False
@@ -80,7 +83,7 @@ class Trainer:
         parts = {
             "data": (self.loader, "next_step"),
             "normalisation": (self, "_set_normalisation"),
-            "engine": (engine, "forward_backward"),
+            "engine": (engine, "train"),
             "optimizer": (engine, "step"),
             "routers": (self, "_balance_routers"),
         }
@@ -127,17 +130,9 @@ class Trainer:
         """One optimizer step on the global batch; returns what is logged of it."""
         started = time.perf_counter()
         self.model.train()
-        batches = [self._to_device(batch) for batch in self.loader.next_step()]
+        batches = [self._own(batch) for batch in self.loader.next_step()]
         self._set_normalisation(batches)
-        losses: dict[str, torch.Tensor] = {}
-        shares: dict[tuple[str, int], torch.Tensor] = {}  # part (0) and whole (1) of each
-        for batch in batches:
-            output = self.engine.forward_backward(batch.input_ids, batch.document_ids, batch.targets)
-            for name, pair in self.model.losses.shares.items():
-                shares |= {(name, i): shares.get((name, i), 0) + value for i, value in enumerate(pair)}
-            for name, value in {"loss": output.loss, **output.losses}.items():
-                if name not in self.model.losses.shares:
-                    losses[name] = losses.get(name, 0) + value.detach()
+        recorded = self.engine.train(batches)
         rate = learning_rate(self.step, self.train.total_steps, self.settings.schedule)
         result = self.engine.step(rate)
         if not result.finite:
@@ -145,16 +140,13 @@ class Trainer:
         learning = self.train.attention_mode != "indexer_warmup"  # the routers too
         violation = self._balance_routers(result.finite and learning)
         self.step += 1
-        sums = all_sum({**losses, **shares, "stop": float(stop.requested)}, self.topology.device)
-        shares = {key: sums.pop(key) for key in shares}
-        self.interrupted = sums.pop("stop") > 0 and self.step < self.last_step
+        values, stopping = self._over_ranks(recorded, stop.requested)
+        self.interrupted = stopping and self.step < self.last_step
         seconds = time.perf_counter() - started
-        parts = self.accumulation * self.topology.data_size
         return {
             "step": self.step,
             "tokens": self.tokens,
-            **{name: value / parts for name, value in sums.items()},
-            **{name: share(part, shares[name, 1]).item() for (name, i), part in shares.items() if i == 0},
+            **values,
             "lr": rate,
             "grad_norm": result.grad_norm,
             "skipped": not result.finite,
@@ -171,6 +163,20 @@ class Trainer:
             "step_seconds": seconds,
         }
 
+    def _over_ranks(self, recorded: Recorded, stop: bool) -> tuple[dict[str, float], bool]:
+        """What is logged of a step's losses, over all ranks; and whether any rank is asked to stop."""
+        values: dict[Any, Any] = {("stop", 0): float(stop)}
+        if self.counts:
+            values |= {(name, "sum"): total for name, total in recorded.sums.items()}
+            values |= {(name, "count"): count for name, count in recorded.counts.items()}
+            values |= {(name, i): part for name, pair in recorded.shares.items() for i, part in enumerate(pair)}
+        differ = self.topology.sizes.tensor * self.topology.sizes.pipeline > 1
+        sums = all_sum(values, self.topology.device, same_names=not differ)
+        stopping = sums.pop(("stop", 0)) > 0
+        means = {name: total / sums[name, "count"] for (name, of), total in sums.items() if of == "sum"}
+        parts = {name: part for (name, of), part in sums.items() if of == 0}
+        return means | {name: share(part, sums[name, 1]).item() for name, part in parts.items()}, stopping
+
     def validate(self, progress: Progress) -> None:
         """Loss and bits per byte on held-out text, and the entropy of its tokens (a model without context)."""
         self.model.eval()
@@ -182,14 +188,14 @@ class Trainer:
             self.train.sequence_length,
             self.train.micro_batch_size,
             self.train.validation_tokens,
-            self.topology.data_rank,
-            self.topology.data_size,
+            self.topology.index("data"),
+            self.topology.sizes.data,
         ):
-            counts += target_counts(batch.targets, len(counts))
-            sums["bytes"] += target_bytes(batch.targets, self.tokenizer.bytes_per_token)
-            batch = self._to_device(batch)
-            output = self.engine.forward(batch.input_ids, batch.document_ids, batch.targets)
-            sums["nats"] += output.losses["lm_loss"].double()
+            batch = self._own(batch)
+            if self.counts and not self.topology.index("pipeline"):
+                counts += target_counts(batch.targets.cpu(), len(counts))
+                sums["bytes"] += target_bytes(batch.targets.cpu(), self.tokenizer.bytes_per_token)
+            sums["nats"] += self.engine.validation_loss(batch).double() * self.counts
         counts = all_sum_tensor(counts.to(self.topology.device)).cpu()
         totals = all_sum(sums, self.topology.device)
         loss, entropy = totals["nats"] / int(counts.sum()), unigram_entropy(counts)
@@ -223,18 +229,21 @@ class Trainer:
             "validation": self.validation,
             "wandb_id": self.tracker.run_id,
             "config": self.settings.resolved,
+            "layout": asdict(self.topology.sizes),
         }
-        buffers = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers()}
-        keep = self.settings.checkpoint.keep
-        return checkpoint.save(self.directory.checkpoints, self.step, self.engine.named_state(), buffers, state, keep)
+        own = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers() if not buffer.is_meta}
+        tensors, keep = self.engine.named_state(), self.settings.checkpoint.keep
+        stages = self.topology.sizes.pipeline
+        return checkpoint.save(self.directory.checkpoints, self.step, tensors, own, state, keep, stages)
 
     def restore(self, reader: checkpoint.Reader) -> None:
         """Continue from a checkpoint: weights, optimizer, router biases, data position, RNG; cut the metrics file."""
         self.engine.load_named_state(reader.parameter)
-        saved, own = reader.buffers(), dict(self.model.named_buffers())
+        saved = reader.buffers()
         with torch.no_grad():
-            for name, buffer in own.items():
-                buffer.copy_(saved[name])
+            for name, buffer in self.model.named_buffers():
+                if not buffer.is_meta:
+                    buffer.copy_(saved[name])
         state = reader.manifest["state"]
         self.step = self.restored_step = reader.manifest["step"]
         self.loader.load_state_dict(state["loader"])
@@ -249,7 +258,8 @@ class Trainer:
         for batch in batches:
             for name, value in self.model.count(batch.input_ids, batch.document_ids, batch.targets).items():
                 counts[name] = counts.get(name, 0) + value
-        parts = self.accumulation * self.topology.data_size
+        parts = self.accumulation * self.topology.sizes.replicas
+        counts = counts if self.counts and not self.topology.index("pipeline") else dict.fromkeys(counts, 0.0)
         totals = all_sum(counts, self.topology.device)
         self.model.losses.denominators = {name: max(total, 1.0) / parts for name, total in totals.items()}
         self.model.losses.scale = 1 / self.accumulation
@@ -265,14 +275,22 @@ class Trainer:
         routers = list(self.model.routers().values())
         if not routers:
             return 0.0
-        loads = all_sum_tensor(torch.stack([router.take_load() for router in routers]))
+        loads = torch.zeros(len(routers), self.settings.model.moe.num_experts, dtype=torch.long)
+        loads = loads.to(self.topology.device)
+        for own, router in zip(loads, routers, strict=True):
+            if not router.bias.is_meta:  # or another stage has it
+                own += router.take_load() * self.counts
+        loads = all_sum_tensor(loads)
         for router, load in zip(routers, loads, strict=True) if update else ():
-            router.update_bias(load, self.settings.model.moe.bias_update_speed)
+            if not router.bias.is_meta:
+                router.update_bias(load, self.settings.model.moe.bias_update_speed)
         return max(float(max_violation(load)) for load in loads)
 
-    def _to_device(self, batch: Batch) -> Batch:
-        device = self.topology.device
-        return Batch(batch.input_ids.to(device), batch.document_ids.to(device), batch.targets.to(device))
+    def _own(self, batch: Batch) -> Batch:
+        """This rank's shard of each row, on its device."""
+        device, count = self.topology.device, self.topology.sizes.context
+        fields = (batch.input_ids, batch.document_ids, batch.targets)
+        return Batch(*(x.chunk(count, dim=1)[self.topology.index("context")].to(device) for x in fields))
 
 
 def _due(step: int, every: int) -> bool:

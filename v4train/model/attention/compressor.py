@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from v4train.model.attention.cache import BlockTail
-from v4train.model.documents import Blocks, compression_blocks, gather_blocks
+from v4train.model.documents import Blocks, Shard, compression_blocks, gather_blocks, tokens_before
 from v4train.model.linear import StackedLinear
 from v4train.model.norm import RMSNorm
 from v4train.model.precision import full
+from v4train.model.seams import Seams
 
 
 def compress(kv: Tensor, gate: Tensor, position_bias: Tensor, blocks: Blocks, overlap: bool) -> Tensor:
@@ -45,6 +46,8 @@ def _shift(x: Tensor) -> Tensor:
 class Compressor(nn.Module):
     """Turns every m tokens of hidden states [B, S, M] into one normalised entry: [B, N, c], not yet rotated."""
 
+    seams = Seams()
+
     def __init__(self, hidden_size: int, entry_dim: int, ratio: int, overlap: bool, eps: float) -> None:
         super().__init__()
         parts = 2 if overlap else 1
@@ -54,12 +57,16 @@ class Compressor(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(ratio, parts * entry_dim))
         self.norm = RMSNorm(entry_dim, eps)
 
-    def forward(self, x: Tensor, blocks: Blocks | None = None, tail: BlockTail | None = None) -> Tensor:
-        """Entries of a packed batch laid out by `blocks`; or, with `tail`, those that the next tokens of a document
+    def forward(self, x: Tensor, shard: Shard | None = None, tail: BlockTail | None = None) -> Tensor:
+        """Entries of a packed batch laid out by `shard`; or, with `tail`, those that the next tokens of a document
         complete, while the rest waits there."""
         if tail is not None:
             return self._extend(x, tail)
-        return self.norm(compress(self.kv(x), self.gate(x), self.position_bias, blocks, self.overlap))
+        kv, gate = self.kv(x), self.gate(x)
+        if (sequence := self.seams.sequence).count > 1:
+            before = tokens_before(self.ratio, self.overlap)
+            kv, gate = sequence.before(torch.cat([kv, gate], dim=-1), before, dim=1).chunk(2, dim=-1)
+        return self.norm(compress(kv, gate, self.position_bias, shard.own, self.overlap)[:, shard.leading :])
 
     def _extend(self, x: Tensor, tail: BlockTail) -> Tensor:
         new = torch.stack([self.kv(x), self.gate(x)])

@@ -35,9 +35,11 @@ from v4train.model.attention.selection import (
 from v4train.model.attention.softmax import join, plain_normaliser
 from v4train.model.attention.terms import Entries, Gathered, Inputs, InReach, Layout, Local, Part, Tokens, Window
 from v4train.model.precision import full, full_precision
+from v4train.model.seams import Heads
 
 GATHER_FROM = 2  # entries in reach, as a multiple of K, from which gathering is the faster way (docs/performance.md)
 GATHERED = 2**21  # elements gathered at a time, at most: what a cache holds
+ALL = Heads()
 MEASURED_ENTRIES = 128  # for each query, of the dense attention that `recall` compares the selection with
 
 
@@ -61,6 +63,7 @@ def attend(
     index: IndexUse | None = None,
     scale: float | None = None,
     value_width: int | None = None,
+    heads: Heads = ALL,
     chunk: int,
 ) -> Attended:
     """Joint softmax over local tokens, entries and the sink. One of `local` and `entries` at least.
@@ -73,6 +76,7 @@ def attend(
             the entries to the top-k, train the indexer, or both. Selection wants G = 1.
         scale: of the logits; None is 1 / sqrt(D).
         value_width: E where keys are values; None is D.
+        heads: which share of all heads, and of the indexer's, these are. Scores and teacher are of all.
         chunk: queries computed at a time; changes memory and speed, not the result.
 
     A query that sees nothing and has no sink is NaN.
@@ -81,7 +85,7 @@ def attend(
     sources += [None if source is None else source.values for source in (local, entries)]
     width = next((x.shape[-1] for x in sources[2:] if x is not None), value_width or query.shape[-1])
     scale = scale or query.shape[-1] ** -0.5
-    layout = Layout(local, None if entries is None else entries.seen, index, chunk, scale, width)
+    layout = Layout(local, None if entries is None else entries.seen, index, chunk, scale, width, heads)
     with full_precision(query.device.type):
         return Attended(*_Attend.apply(query, *sources, sink, *(scored or (None, None, None)), layout))
 
@@ -109,7 +113,8 @@ class _Chunk:
             entries = slice(self.reach.start + entries.start, self.reach.start + entries.stop)
             return self.layout.seen.visible(self.begin, self.stop, entries)
 
-        best = select_by_index(index_query, index_keys, head_weight, visible, self.layout.index.top_k)
+        layout = self.layout
+        best = select_by_index(index_query, index_keys, head_weight, visible, layout.index.top_k, layout.heads)
         return torch.where(best < 0, -1, best + self.reach.start)
 
     def parts(self) -> list[Part]:
@@ -149,7 +154,11 @@ class _Chunk:
             leaves, attended = [index_query, index_keys, head_weight], self.attended()
         leaves = [leaf.detach().requires_grad_(with_gradient) for leaf in leaves]
         with torch.set_grad_enabled(with_gradient):
-            return leaves, index_scores(*leaves), attended
+            return leaves, index_scores(*leaves, self.layout.heads), attended
+
+    def probabilities(self, part: InReach | Gathered, normaliser: Tensor) -> Tensor:
+        """Weights of the entries under the whole softmax [B, Q, H], summed over all heads."""
+        return self.layout.heads.reduce(part.entry_probabilities(normaliser))
 
     def measures(self, part: InReach | Gathered, local: list[Tensor], normaliser: Tensor) -> Tensor:
         """(kl, uniform kl, recalled, recallable) of this chunk: fp32 [4].
@@ -158,7 +167,7 @@ class _Chunk:
             part: the entries'; local: normalisers of the other parts; normaliser: of the whole. [B, Q, H] each.
         """
         _, scores, attended = self.learning(with_gradient=False)
-        probabilities = part.entry_probabilities(normaliser).view(scores.shape)
+        probabilities = self.probabilities(part, normaliser).view(scores.shape)
         kls = [indexer_kl(scores, attended, probabilities), uniform_kl(attended, probabilities)]
         recall = self._recall(scores, probabilities, local)
         return torch.stack([*kls, *recall])
@@ -177,7 +186,7 @@ class _Chunk:
             dense = InReach(self.inputs, self.layout, self.begin, self.stop, visible, some)
             own = dense.restore(plain_normaliser(dense.term))
             normalisers = [own, *(normaliser[:, some] for normaliser in local)]
-            probabilities = dense.entry_probabilities(join(normalisers, self.inputs.sink))
+            probabilities = self.probabilities(dense, join(normalisers, self.inputs.sink))
             visible = visible[:, some]
             chosen = torch.where(chosen < 0, 0, chosen - self.reach.start)
         counts = visible.sum(-1) > top_k
@@ -270,6 +279,6 @@ class _Attend(torch.autograd.Function):
                 gradients[0][:, begin:stop] += part.restore(own_query)
                 part.add(gradients[1:5], keys, values)
             if layout.learns and chunk.num_entries:
-                probabilities = parts[-1].entry_probabilities(normaliser[:, begin:stop])
+                probabilities = chunk.probabilities(parts[-1], normaliser[:, begin:stop])
                 chunk.add_kl_gradients(gradients[6:], probabilities, kl_gradient)
         return *(None if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True)), None

@@ -12,7 +12,7 @@ from v4train.model.attention.indexer import Indexer, attend_indexed
 from v4train.model.attention.shared_kv import SharedKVAttention, compressed, new_entry_buffers
 from v4train.model.attention.tokens import Tokens
 from v4train.model.config import LayerAttention, ModelConfig
-from v4train.model.documents import Blocks
+from v4train.model.documents import EntryRange, Shard, lay_out
 from v4train.model.losses import Losses
 
 
@@ -35,13 +35,16 @@ class CompressedSparseAttention(SharedKVAttention):
 
     def mix(self, query: Tensor, local: Local, tokens: Tokens, cache: LayerCache | None) -> Tensor:
         options = self.options
-        keys, seen = compressed(self.compressor, tokens, self.rope, options.rope_dim, cache, "entries")
+        laid_out = None
+        if cache is None:
+            laid_out = lay_out(tokens.place, options.csa_compression, True, self.seams.sequence)
+        keys, seen = compressed(self.compressor, tokens, self.rope, options.rope_dim, cache, "entries", laid_out)
         learning = self.training and self.mode != "dense" and cache is None
         scored = index = None
         if learning or self.mode == "sparse" or cache is not None:
             # The indexer learns by its own loss alone, so nothing flows back from it (V4.md 2.3).
             with self.losses.for_indexer(), torch.set_grad_enabled(learning and torch.is_grad_enabled()):
-                scored = self._index(tokens, cache, seen if cache is None else None)
+                scored = self._index(tokens, cache, laid_out)
         if learning or self.mode == "sparse":
             index = IndexUse(options.indexer.top_k, select=self.mode == "sparse", with_loss=learning)
         return attend_indexed(
@@ -54,12 +57,15 @@ class CompressedSparseAttention(SharedKVAttention):
             index=index,
             mean_over=(self.loss_count, (seen.end > seen.first).sum()),
             weight=options.indexer.loss_weight * self.loss_share,
+            heads=self.seams.heads,
             chunk=options.query_chunk,
         )
 
-    def _index(self, tokens: Tokens, cache: LayerCache | None, blocks: Blocks | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _index(
+        self, tokens: Tokens, cache: LayerCache | None, laid_out: tuple[Shard, EntryRange] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         apart = replace(tokens, x=tokens.x.detach(), latent=tokens.latent.detach())
-        keys, _ = compressed(self.indexer.compressor, apart, self.rope, self.options.rope_dim, cache, "index", blocks)
+        keys, _ = compressed(self.indexer.compressor, apart, self.rope, self.options.rope_dim, cache, "index", laid_out)
         return self.indexer(apart.x, apart.latent, tokens.rotation, keys)
 
     def new_cache(self, batch: int, max_length: int) -> LayerCache:

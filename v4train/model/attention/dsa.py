@@ -33,7 +33,7 @@ class TokenIndexer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         options = config.attention.dsa
-        self.num_heads = options.num_heads
+        self.head_dim = options.head_dim
         self.scale = options.num_heads**-0.5 * options.head_dim**-0.5
         self.query = nn.Linear(config.attention.mla.q_lora_rank, options.num_heads * options.head_dim, bias=False)
         self.key = nn.Linear(config.hidden_size, options.head_dim, bias=False)
@@ -42,7 +42,7 @@ class TokenIndexer(nn.Module):
 
     def forward(self, x: Tensor, latent: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs of `index_scores` from x [B, S, M] and the query latent [B, S, q_lora_rank], both detached."""
-        query = rotate(self.query(latent).unflatten(-1, (self.num_heads, -1)), rotation)
+        query = rotate(self.query(latent).unflatten(-1, (-1, self.head_dim)), rotation)
         return query, rotate(self.key_norm(self.key(x)), rotation), self.head_weight(x) * self.scale
 
 
@@ -77,8 +77,12 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         if cache is not None:
             keys, values = extend(cache, keys, values)
             scored = (scored[0], cache["index"].extend(scored[1][:, None])[:, 0], scored[2])
-        elif values is not None:  # or every chunk copies them
-            keys, values = keys.contiguous(), values.contiguous()
+        else:
+            if values is not None:  # or every chunk copies them
+                keys, values = keys.contiguous(), values.contiguous()
+            if scored is not None:
+                index_keys = self.seams.sequence.before(scored[1], None, dim=1)
+                scored = (scored[0], self.seams.heads.copy(index_keys), scored[2])
         # Every token is an entry: visible from itself on.
         where = tokens.place
         end = torch.arange(1, query.shape[1] + 1, device=query.device).expand(query.shape[:2]) + where.previous
@@ -94,6 +98,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
             weight=options.loss_weight * self.loss_share,
             scale=self.scale,
             value_width=self.options.kv_lora_rank,
+            heads=self.seams.heads,
             chunk=self.chunk,
         )
 

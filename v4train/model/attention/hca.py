@@ -24,7 +24,7 @@ class HeavilyCompressedAttention(SharedKVAttention):
         options = self.options
         keys, seen = compressed(self.compressor, tokens, self.rope, options.rope_dim, cache, "entries")
         entries = Entries(keys[:, None], None, seen)
-        return attend(query, local=local, entries=entries, sink=self.sink, chunk=options.query_chunk)[0]
+        return attend(query, local=local, entries=entries, sink=self.sink, chunk=options.query_chunk).output
 
     def new_cache(self, batch: int, max_length: int) -> LayerCache:
         cache = super().new_cache(batch, max_length)

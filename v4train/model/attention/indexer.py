@@ -23,7 +23,7 @@ class Indexer(nn.Module):
     def __init__(self, config: ModelConfig, ratio: int) -> None:
         super().__init__()
         options = config.attention.indexer
-        self.num_heads = options.num_heads
+        self.head_dim = options.head_dim
         self.scale = options.num_heads**-0.5 * options.head_dim**-0.5
         self.compressor = Compressor(config.hidden_size, options.head_dim, ratio, True, config.norm_eps)
         width = options.num_heads * options.head_dim
@@ -41,7 +41,7 @@ class Indexer(nn.Module):
         Returns:
             query [B, S, I, J], keys [B, N, J], head weights [B, S, I] with I^-0.5 * J^-0.5 included.
         """
-        query = rotate(self.query(latent).unflatten(-1, (self.num_heads, -1)), rotation)
+        query = rotate(self.query(latent).unflatten(-1, (-1, self.head_dim)), rotation)
         return query, keys, self.head_weight(x) * self.scale
 
 

@@ -18,7 +18,6 @@ def attend_locally(
     query: Tensor,
     keys: Tensor,
     values: Tensor | None,
-    document_ids: Tensor,
     place: Place,
     cache: LayerCache | None,
     *,
@@ -27,8 +26,9 @@ def attend_locally(
     value_width: int | None = None,
     chunk: int,
 ) -> Tensor:
-    """Output [B, S, H, E] of queries [B, S, H, D] over keys [B, G, S, D] and values [B, G, S, E] of the same tokens.
+    """Output [B, S, H, E] of queries [B, S, H, D] over keys [B, G, T, D] and values [B, G, T, E].
 
+    They are of the same tokens, with those in front that are within `reach` where other ranks have them.
     values None: the first `value_width` channels of the keys (absorbed MLA).
     """
     entries = None
@@ -36,15 +36,21 @@ def attend_locally(
         keys, values = keys.contiguous(), values.contiguous()  # or every chunk copies them
         if options.global_tokens:
             limits = (options.global_tokens, options.window, options.dilation)
-            seen = global_tokens(document_ids, place.starts, *limits)
+            seen = global_tokens(place, *limits)
             entries = Entries(_take(keys, seen.tokens), _take(values, seen.tokens), seen)
     else:
         if options.global_tokens:
             entries = _first_tokens(options, keys, values, place, cache)
         keys, values = extend(cache, keys, values)
-    local = Local(keys, values, place.starts, options.window, options.dilation)
+    starts = place.starts_among(keys.shape[2])
+    local = Local(keys, values, starts, options.window, options.dilation)
     numbers = {"scale": scale, "value_width": value_width, "chunk": chunk}
     return attend(query, local=local, entries=entries, sink=sink, **numbers).output
+
+
+def reach(options: GQAConfig | MLAConfig) -> int | None:
+    """How many tokens before itself a query may look at; None is all."""
+    return None if options.window is None or options.global_tokens else (options.window - 1) * options.dilation
 
 
 def extend(cache: LayerCache, keys: Tensor, values: Tensor | None, prefix: str = "") -> tuple[Tensor, Tensor | None]:

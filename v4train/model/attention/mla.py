@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from v4train.model.attention.cache import LayerCache
-from v4train.model.attention.local import attend_locally, local_buffers
+from v4train.model.attention.local import attend_locally, local_buffers, reach
 from v4train.model.attention.tokens import Tokens
 from v4train.model.config import LayerAttention, ModelConfig
 from v4train.model.documents import place
+from v4train.model.linear import SharedOutLinear
 from v4train.model.losses import Losses
 from v4train.model.norm import RMSNorm
 from v4train.model.rope import rotate, rotations
+from v4train.model.seams import Seams
 
 
 class HeadsFromLatent(nn.Module):
@@ -27,19 +29,21 @@ class HeadsFromLatent(nn.Module):
 
     def __init__(self, num_heads: int, latent: int, width: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.width = width
         self.weight = nn.Parameter(torch.empty(num_heads * width, latent))
 
     def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
         """A latent of all heads [B, S, L], or one a head [B, S, H, L], to [B, S, H, D]; transposed, the way back."""
         if x.dim() == 3:
-            return F.linear(x, self.weight).unflatten(-1, (self.num_heads, -1))
-        weight = self.weight.unflatten(0, (self.num_heads, -1))
+            return F.linear(x, self.weight).unflatten(-1, (-1, self.width))
+        weight = self.weight.unflatten(0, (-1, self.width))
         return torch.einsum("bshd,hdl->bshl" if transposed else "bshl,hdl->bshd", x, weight)
 
 
 class MultiHeadLatentAttention(nn.Module):
     """Low-rank queries, keys and values, with decoupled RoPE."""
+
+    seams = Seams()
 
     def __init__(self, config: ModelConfig, losses: Losses, layer: LayerAttention) -> None:
         super().__init__()
@@ -55,21 +59,26 @@ class MultiHeadLatentAttention(nn.Module):
         self.rope_key = nn.Linear(hidden, options.rope_dim, bias=False)
         self.key_up = HeadsFromLatent(heads, latent, options.nope_dim)
         self.value_up = HeadsFromLatent(heads, latent, options.value_dim)
-        self.output = nn.Linear(heads * options.value_dim, hidden, bias=False)
+        self.output = SharedOutLinear(heads * options.value_dim, hidden, bias=False)
         self.sink = nn.Parameter(torch.empty(heads)) if options.sink else None
 
     def forward(self, x: Tensor, document_ids: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Attention of normalised hidden states [B, S, M] within documents [B, S]; returns [B, S, M]."""
-        options = self.options
-        where = place(document_ids, None if cache is None else cache.length)
+        options, heads, sequence = self.options, self.seams.heads, self.seams.sequence
+        where = place(document_ids, None if cache is None else cache.length, sequence)
         rotation = rotations(where.positions, options.rope_dim, options.rope)
         query_latent = self.query_norm(self.query_down(x))
-        query = rotate(self.query_up(query_latent).unflatten(-1, (options.num_heads, -1)), rotation)
+        query = self.query_up(heads.copy(query_latent)).unflatten(-1, (-1, options.nope_dim + options.rope_dim))
+        query = rotate(query, rotation)
         latent = self.kv_norm(self.kv_down(x))
         rope_key = rotate(self.rope_key(x), rotation)
+        if cache is None and sequence.count > 1:  # what all heads share, before each makes its keys of it
+            both = sequence.before(torch.cat([latent, rope_key], dim=-1), reach(options), dim=1)
+            latent, rope_key = both.split([options.kv_lora_rank, options.rope_dim], dim=-1)
+        latent, rope_key = heads.copy(latent), heads.copy(rope_key)
         absorbed = self.absorbs or cache is not None
         if not absorbed:
-            shared = rope_key[:, :, None].expand(-1, -1, options.num_heads, -1)
+            shared = rope_key[:, :, None].expand(-1, -1, query.shape[2], -1)
             keys = torch.cat([self.key_up(latent), shared], dim=-1).transpose(1, 2)
             values = self.value_up(latent).transpose(1, 2)
         else:
@@ -93,7 +102,7 @@ class MultiHeadLatentAttention(nn.Module):
         self, query: Tensor, keys: Tensor, values: Tensor | None, tokens: Tokens, cache: LayerCache | None
     ) -> Tensor:
         """The softmax, [B, S, H, E]; in absorbed form over [B, 1, S, L + R], whose first L channels are values."""
-        inputs = (query, keys, values, tokens.document_ids, tokens.place, cache)
+        inputs = (query, keys, values, tokens.place, cache)
         numbers = {"scale": self.scale, "value_width": self.options.kv_lora_rank, "chunk": self.chunk}
         return attend_locally(self.options, *inputs, sink=self.sink, **numbers)
 

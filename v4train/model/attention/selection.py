@@ -3,13 +3,17 @@
 Shapes: B batch, Q queries, N entries, K selected ones, I indexer heads, J their width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from v4train.model.precision import full, full_precision
+from v4train.model.seams import Heads
 
+ALL = Heads()
+Visible = Callable[[slice], Tensor]
 ENTRIES_AT_ONCE = 8192  # scored before the best are kept: bounds memory, not the result
 LOWEST = -(2**63)
 LOW_BITS = 2**32 - 1
@@ -24,12 +28,14 @@ class IndexUse:
     with_loss: bool  # compute the KL to the main attention
 
 
-def index_scores(query: Tensor, keys: Tensor, head_weight: Tensor) -> Tensor:
-    """sum_h w_h ReLU(q_h . k_s), fp32 (V4 report eq. 16): [B, Q, I, J], [B, N, J], [B, Q, I] -> [B, Q, N]."""
-    batch, queries, heads, _ = query.shape
+def index_scores(query: Tensor, keys: Tensor, head_weight: Tensor, heads: Heads = ALL) -> Tensor:
+    """sum_h w_h ReLU(q_h . k_s), fp32 (V4 report eq. 16): [B, Q, I, J], [B, N, J], [B, Q, I] -> [B, Q, N].
+
+    heads: which share of the indexer's heads these are; the sum is over all.
+    """
     with full_precision(query.device.type):
-        products = torch.bmm(full(query).flatten(1, 2), full(keys).mT).view(batch, queries, heads, -1).relu()
-        return torch.matmul(full(head_weight)[:, :, None], products)[:, :, 0]
+        products = torch.bmm(full(query).flatten(1, 2), full(keys).mT).view(*query.shape[:3], -1).relu()
+        return heads.reduce(torch.matmul(full(head_weight)[:, :, None], products)[:, :, 0])
 
 
 def select_top_k(scores: Tensor, visible: Tensor, top_k: int) -> Tensor:
@@ -53,18 +59,20 @@ def select_top_k(scores: Tensor, visible: Tensor, top_k: int) -> Tensor:
     return _entry(_ranks(scores, visible, 0).topk(top_k, dim=-1, sorted=False).values)
 
 
-def select_by_index(query: Tensor, keys: Tensor, head_weight: Tensor, visible, top_k: int) -> Tensor:
+def select_by_index(
+    query: Tensor, keys: Tensor, head_weight: Tensor, visible: Visible, top_k: int, heads: Heads = ALL
+) -> Tensor:
     """`select_top_k` of `index_scores`, never holding the scores of more than ENTRIES_AT_ONCE entries.
 
     visible: function of a slice of entries to [B, Q, n] bool.
     """
     count = keys.shape[1]
     if count <= max(ENTRIES_AT_ONCE, top_k) or query.dtype == torch.float64:
-        return select_top_k(index_scores(query, keys, head_weight), visible(slice(0, count)), top_k)
+        return select_top_k(index_scores(query, keys, head_weight, heads), visible(slice(0, count)), top_k)
     best = None
     for begin in range(0, count, ENTRIES_AT_ONCE):
         some = slice(begin, min(begin + ENTRIES_AT_ONCE, count))
-        ranks = _ranks(index_scores(query, keys[:, some], head_weight), visible(some), begin)
+        ranks = _ranks(index_scores(query, keys[:, some], head_weight, heads), visible(some), begin)
         ranks = ranks.topk(min(top_k, ranks.shape[-1]), dim=-1, sorted=False).values
         best = ranks if best is None else torch.cat([best, ranks], dim=-1)
         best = best.topk(min(top_k, best.shape[-1]), dim=-1, sorted=False).values

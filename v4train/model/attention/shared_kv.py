@@ -14,15 +14,18 @@ from v4train.model.attention.compressor import Compressor
 from v4train.model.attention.core import Local, attend
 from v4train.model.attention.tokens import Tokens
 from v4train.model.config import LayerAttention, ModelConfig, RopeConfig
-from v4train.model.documents import Blocks, EntryRange, compression_blocks, place
-from v4train.model.linear import GroupedLinear
+from v4train.model.documents import EntryRange, Shard, lay_out, place
+from v4train.model.linear import GroupedLinear, SharedOutLinear
 from v4train.model.norm import RMSNorm
 from v4train.model.recompute import forget
 from v4train.model.rope import rotate, rotate_normalised, rotations
+from v4train.model.seams import Seams
 
 
 class SharedKVAttention(nn.Module):
     """Queries, the shared KV head, sink and grouped output projection; subclasses add compressed entries."""
+
+    seams = Seams()
 
     def __init__(self, config: ModelConfig, layer: LayerAttention, rope: RopeConfig) -> None:
         super().__init__()
@@ -36,22 +39,23 @@ class SharedKVAttention(nn.Module):
         self.kv_norm = RMSNorm(attention.head_dim, config.norm_eps)
         self.sink = nn.Parameter(torch.empty(attention.num_heads))
         self.output_down = GroupedLinear(attention.o_groups, width // attention.o_groups, attention.o_lora_rank)
-        self.output_up = nn.Linear(attention.o_groups * attention.o_lora_rank, config.hidden_size, bias=False)
+        self.output_up = SharedOutLinear(attention.o_groups * attention.o_lora_rank, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, document_ids: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Attention of normalised hidden states [B, S, M] within documents [B, S]; returns [B, S, M]."""
-        where = place(document_ids, None if cache is None else cache.length)
-        rotation = rotations(where.positions, self.options.rope_dim, self.rope)
+        options, heads, sequence = self.options, self.seams.heads, self.seams.sequence
+        where = place(document_ids, None if cache is None else cache.length, sequence)
+        rotation = rotations(where.positions, options.rope_dim, self.rope)
         latent = self.query_norm(self.query_down(x))
-        query = self.query_up(latent).unflatten(-1, (self.options.num_heads, -1))
+        query = self.query_up(heads.copy(latent)).unflatten(-1, (-1, options.head_dim))
         query = rotate_normalised(query, rotation, self.eps)
         kv = rotate(self.kv_norm(self.kv(x)), rotation)[:, None]
         tokens = Tokens(x, latent, document_ids, where, rotation)
-        if cache is not None:
-            kv = cache["window"].extend(kv)
-        output = self.mix(query, Local(kv, None, where.starts, self.options.window), tokens, cache)
+        kv = cache["window"].extend(kv) if cache is not None else sequence.before(kv, options.window - 1, dim=2)
+        local = Local(heads.copy(kv), None, where.starts_among(kv.shape[2]), options.window)
+        output = self.mix(query, local, tokens, cache)
         turned = rotate(output, rotation.conj())
-        grouped = turned.flatten(-2).unflatten(-1, (self.options.o_groups, -1))
+        grouped = turned.flatten(-2).unflatten(-1, (-1, options.num_heads // options.o_groups * options.head_dim))
         down = self.output_down(grouped)
         forget(turned, again=lambda: [rotate(output, rotation.conj())], needed_by=down, inside=self)
         if cache is not None:
@@ -60,7 +64,7 @@ class SharedKVAttention(nn.Module):
 
     def mix(self, query: Tensor, local: Local, tokens: Tokens, cache: LayerCache | None) -> Tensor:
         """The softmax over what this kind of layer sees, [B, S, H, D]: here the window alone."""
-        return attend(query, local=local, sink=self.sink, chunk=self.options.query_chunk)[0]
+        return attend(query, local=local, sink=self.sink, chunk=self.options.query_chunk).output
 
     def new_cache(self, batch: int, max_length: int) -> LayerCache:
         """Empty cache of this layer for `batch` rows of at most `max_length` tokens."""
@@ -75,16 +79,21 @@ def compressed(
     rope_dim: int,
     cache: LayerCache | None,
     name: str,
-    blocks: Blocks | None = None,
+    laid_out: tuple[Shard, EntryRange] | None = None,
 ) -> tuple[Tensor, EntryRange]:
     """Rotated entries [B, N, c] of all tokens so far, and which of them each query sees.
 
-    The cache holds them in the buffer `name`, and the tokens that wait in `<name>_tail`. blocks: of a packed batch,
-    where another compressor of the same ratio has laid them out already.
+    The cache holds them in the buffer `name`, and the tokens that wait in `<name>_tail`. laid_out: a packed batch, by
+    `lay_out` for another compressor that is like this one.
     """
+    seams = compressor.seams
     if cache is None:
-        blocks = blocks or compression_blocks(tokens.document_ids, compressor.ratio)
-        return rotate(compressor(tokens.x, blocks), rotations(blocks.positions, rope_dim, rope)), blocks
+        shard, seen = laid_out or lay_out(tokens.place, compressor.ratio, compressor.overlap, seams.sequence)
+        positions = shard.own.positions[:, shard.leading :]
+        entries = rotate(compressor(tokens.x, shard), rotations(positions, rope_dim, rope))
+        if shard.order is not None:
+            entries = torch.take_along_dim(seams.sequence.gather(entries, dim=1), shard.order[..., None], dim=1)
+        return seams.heads.copy(entries), seen
     tail, positions = cache[f"{name}_tail"], tokens.place.positions
     first = tail.blocks
     new = compressor(tokens.x, tail=tail)

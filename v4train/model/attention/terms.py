@@ -23,6 +23,7 @@ from v4train.model.attention.selection import IndexUse, add_rows, take_rows
 from v4train.model.attention.softmax import Term
 from v4train.model.documents import in_window
 from v4train.model.precision import full
+from v4train.model.seams import Heads
 
 BLOCK_ROWS, LEAST_BLOCK = 64, 8  # queries x heads of a block of `Window`, and its fewest queries (docs/performance.md)
 
@@ -78,13 +79,21 @@ class Layout:
     """What is seen from where: everything about one attention that has no gradient."""
 
     def __init__(
-        self, local: Local | None, seen: Seen | None, index: IndexUse | None, chunk: int, scale: float, width: int
+        self,
+        local: Local | None,
+        seen: Seen | None,
+        index: IndexUse | None,
+        chunk: int,
+        scale: float,
+        width: int,
+        heads: Heads,
     ):
         self.has_local = local is not None
         if local is not None:  # not the tensors with gradients, which autograd must be able to free
             self.starts, self.window, self.dilation = local.starts, local.window, local.dilation
             self.before = local.keys.shape[2] - local.starts.shape[1]  # keys older than the first query
         self.seen, self.index, self.chunk, self.scale, self.width = seen, index, chunk, scale, width
+        self.heads = heads
 
     @property
     def selects(self) -> bool:

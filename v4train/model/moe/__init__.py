@@ -7,6 +7,7 @@ from v4train.model.ffn import SwiGLU
 from v4train.model.losses import Losses
 from v4train.model.moe.experts import Experts
 from v4train.model.moe.router import HashRouter, ScoreRouter
+from v4train.model.seams import Rows, Seams
 
 
 def num_score_routers(config: ModelConfig) -> int:
@@ -18,9 +19,12 @@ def num_score_routers(config: ModelConfig) -> int:
 class MoE(nn.Module):
     """y = sum_e g_e E_e(x) + E_shared(x); hash-routed in the first `num_hash_layers` layers, else score-routed."""
 
+    seams = Seams()
+
     def __init__(self, config: ModelConfig, losses: Losses, hashed: bool) -> None:
         super().__init__()
         moe = config.moe
+        self.num_experts = moe.num_experts
         self.router = HashRouter(config) if hashed else ScoreRouter(config, losses, num_score_routers(config))
         self.experts = Experts(config)
         self.shared = None
@@ -30,6 +34,11 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, input_ids: Tensor, document_ids: Tensor) -> Tensor:
         """Hidden states [B, S, M] of tokens `input_ids` [B, S] to [B, S, M]."""
+        heads = self.seams.heads
         chosen, weights = self.router(x, input_ids, document_ids)
-        routed = self.experts(x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1)).view_as(x)
-        return routed if self.shared is None else routed + self.shared(x)
+        x, weights = heads.copy(x), heads.copy(weights)
+        rows = Rows(x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1))
+        sent = self.seams.experts.dispatch(rows, self.num_experts)
+        shared = None if self.shared is None else self.shared.share(x)
+        routed = sent.back(self.experts(*sent.arrived())).view_as(x)
+        return heads.reduce(routed if shared is None else routed + shared)

@@ -3,8 +3,12 @@
 import torch
 from torch import Tensor
 
+from v4train.model.seams import Sequence
 
-def sequence_balance_loss(scores: Tensor, top_k: int, valid: Tensor) -> Tensor:
+WHOLE = Sequence()
+
+
+def sequence_balance_loss(scores: Tensor, top_k: int, valid: Tensor, sequence: Sequence = WHOLE) -> Tensor:
     """sum_e f_e P_e of each row, averaged over rows; 1 when perfectly balanced.
 
     f_e = E / (K T) * #{t: e in the top-K of the UNBIASED affinities}, without gradient;
@@ -13,19 +17,20 @@ def sequence_balance_loss(scores: Tensor, top_k: int, valid: Tensor) -> Tensor:
     Args:
         scores: [B, S, E] fp32 affinities.
         valid: [B, S] bool, False on padding.
+        sequence: which tokens of each row these are; the sums are over all of them.
 
     Returns:
         Scalar fp32.
     """
     num_experts = scores.shape[-1]
-    tokens = valid.sum(1, keepdim=True).clamp(min=1)
+    tokens = sequence.total(valid.sum(1, keepdim=True)).clamp(min=1)
     chosen = scores.detach().topk(top_k, dim=-1).indices
     counts = torch.zeros_like(scores[:, 0]).scatter_add_(
         1, chosen.flatten(1), valid[..., None].expand_as(chosen).flatten(1).to(scores.dtype)
     )
-    frequency = counts * num_experts / (top_k * tokens)
+    frequency = sequence.total(counts) * num_experts / (top_k * tokens)
     share = scores / scores.sum(-1, keepdim=True)
-    mean_share = (share * valid[..., None]).sum(1) / tokens
+    mean_share = sequence.total((share * valid[..., None]).sum(1)) / tokens
     return (frequency * mean_share).sum(-1).mean()
 
 

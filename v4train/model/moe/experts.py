@@ -17,6 +17,7 @@ from v4train.model.cached import CACHED
 from v4train.model.config import ModelConfig
 from v4train.model.ffn import ACTIVATIONS, Activation
 from v4train.model.precision import full
+from v4train.model.seams import Seams
 
 
 class Groups(NamedTuple):
@@ -91,7 +92,7 @@ def _sizes(ends: Tensor) -> list[int]:
     return torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
 
 
-def _sum_of_rows(rows: Tensor, row: Tensor) -> Tensor:
+def sum_of_rows(rows: Tensor, row: Tensor) -> Tensor:
     """Rows [R, M] summed at the places [T, K]: [T, M], in fp32 for fp32 and bf16."""
     return F.embedding_bag(row, rows, mode="sum")
 
@@ -123,7 +124,7 @@ class _Experts(torch.autograd.Function):
             result[block.rows] = grouped_product(hidden, second[block.experts], block.ends)
         ctx.save_for_backward(x, gate_up, bias, down, weights, None if x.device.type == "cpu" else projected, *groups)
         ctx.activation, ctx.dtype = activation, dtype
-        return _sum_of_rows(result, groups.row)
+        return sum_of_rows(result, groups.row)
 
     @staticmethod
     @once_differentiable
@@ -152,7 +153,7 @@ class _Experts(torch.autograd.Function):
                 bias_gradient.flatten(1).index_add_(0, groups.expert[here], change.to(bias.dtype))
             x_gradient[here] = grouped_product(change, first[experts].mT, ends)
         weights_gradient = weights_gradient.index_select(0, groups.row.flatten()).view_as(weights)
-        x_gradient = _sum_of_rows(x_gradient, groups.row).to(x.dtype)
+        x_gradient = sum_of_rows(x_gradient, groups.row).to(x.dtype)
         return x_gradient, gate_up_gradient, bias_gradient, down_gradient, weights_gradient, None, None
 
 
@@ -173,6 +174,8 @@ def _weights_of_rows(weights: Tensor, groups: Groups, dtype: torch.dtype) -> Ten
 class Experts(nn.Module):
     """E SwiGLU experts: gate_up [E, 2, I, M] (gate, up), down [E, M, I]; biases [E, 2, I], [E, M] if configured."""
 
+    seams = Seams()
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         moe, hidden = config.moe, config.hidden_size
@@ -191,5 +194,7 @@ class Experts(nn.Module):
         output = _Experts.apply(x, *parameters, weights, groups, self.activation)
         if self.down_bias is not None:
             bias = F.embedding_bag(chosen, full(self.down_bias), mode="sum", per_sample_weights=full(weights))
+            before = self.seams.heads.index * bias.shape[1]  # of its share of the channels, or it would be added often
+            bias = F.pad(bias, (before, output.shape[1] - before - bias.shape[1]))
             output = output + bias.to(output.dtype)
         return output

@@ -11,6 +11,7 @@ from v4train.model.config import ModelConfig
 from v4train.model.losses import Losses
 from v4train.model.moe.balance import sequence_balance_loss
 from v4train.model.precision import full, full_precision
+from v4train.model.seams import Seams
 
 TINY = 1e-30  # keeps the gradient of sqrt finite once softplus underflows (x = -110 in fp32)
 GATE_EPS = 1e-20  # floor of the gate normaliser, as in the released code
@@ -52,6 +53,8 @@ def router_scores(x: Tensor, weight: Tensor, logit_bias: Tensor | None, scoring:
 class ScoreRouter(nn.Module):
     """Top-K of affinity + bias. The bias only selects; it is moved against the load after each step (loss-free)."""
 
+    seams = Seams()
+
     def __init__(self, config: ModelConfig, losses: Losses, num_routers: int) -> None:
         super().__init__()
         self.options, self.losses = config.moe, losses
@@ -70,7 +73,7 @@ class ScoreRouter(nn.Module):
         if self.training:
             valid = document_ids >= 0
             self._count(chosen, valid)
-            balance = sequence_balance_loss(scores, self.options.top_k, valid)
+            balance = sequence_balance_loss(scores, self.options.top_k, valid, self.seams.sequence)
             weight = self.options.balance_loss_weight * self.loss_share
             weights = self.losses.attach(weights, "balance_loss", balance, weight)
         return chosen, weights

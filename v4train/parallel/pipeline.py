@@ -1,0 +1,158 @@
+"""Pipeline parallelism by DeepSpeed's PipelineModule: each rank has some of the parts of `Transformer.parts`, and what
+they hand on (streams, token ids, document ids, targets) goes from stage to stage, one micro-batch after another (1F1B).
+
+Losses that arise in the middle need no sending: they are attached where they arise (DESIGN 5). The embedding is on the
+first stage and, for MTP, on the last; the gradients of the two are summed.
+
+Shapes: B batch, S sequence, C streams, M hidden, V vocabulary.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from v4train.data import Batch
+from v4train.model import Transformer
+from v4train.model.losses import Losses, Recorded
+from v4train.parallel.deepspeed_fixes import share_out_experts
+from v4train.parallel.engine import Engine
+from v4train.parallel.groups import Groups
+from v4train.parallel.stages import Stages
+
+State = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class PipelineEngine(Engine):
+    """`Engine` whose model is on several stages; `train` takes the place of `forward_backward`."""
+
+    def _initialize(self, deepspeed: ModuleType, config: dict[str, Any], groups: Groups) -> tuple:
+        from deepspeed.runtime.pipe import schedule
+
+        self._stages, self._pipeline = self.layout.stages, groups["pipeline"]
+        self._ranks = dist.get_process_group_ranks(self._pipeline)
+        ends = (self._ranks[0], self._ranks[-1])
+        has_copy = self._stages.shared_embedding is not None
+        self._ends = dist.new_group(ends, use_local_synchronization=True) if has_copy else None
+        # use_reentrant: recomputation is ours. Partitioned: shares of streams that every rank has whole already.
+        options = {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False}
+        module = _pipeline_module(self.model, self._stages, self.topology.sizes)
+        module.experts = share_out_experts(self.groups, groups)
+        self._shape: torch.Size | None = None  # of the last batch: DeepSpeed keeps buffers for one
+        made = deepspeed.initialize(
+            model=module, optimizer=self._optimizer, config={**config, "pipeline": options}, dist_init_required=False
+        )
+        of_deepspeed = made[0]._INSTRUCTION_MAP
+        self._step_instruction = of_deepspeed[schedule.OptimizerStep]
+        made[0]._INSTRUCTION_MAP = {
+            **of_deepspeed,
+            schedule.OptimizerStep: lambda engine: None,  # `step` does it
+            schedule.ReduceTiedGrads: lambda engine: self._sum_embedding_gradients(),
+        }
+        return made
+
+    def train(self, batches: Sequence[Batch]) -> Recorded:
+        self._begun = True
+        if batches[0].input_ids.shape != self._shape:
+            self._engine.reset_activation_shape()
+            self._shape = batches[0].input_ids.shape
+        fields = ((batch.input_ids, batch.document_ids, batch.targets) for batch in batches)
+        self._engine.train_batch(iter([(inputs, ()) for inputs in fields]))
+        self._ready = True
+        return self.model.losses.take()
+
+    @torch.no_grad()
+    def validation_loss(self, batch: Batch) -> Tensor:
+        self._run_stages((batch.input_ids, batch.document_ids, batch.targets), self._stages.parts)
+        recorded = self.model.losses.collect()
+        return recorded.get("lm_loss", torch.zeros((), device=self.topology.device))
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        head, blocks = self.model.head, self._stages.parts
+        if self._stages.last:
+            blocks = blocks[: blocks.index(head)]
+        with self.layout.whole_rows(self.model):
+            inputs = (input_ids, torch.zeros_like(input_ids), torch.full_like(input_ids, -100))
+            state = self._run_stages(inputs, blocks)
+            if self._stages.last:
+                logits = head.lm_head(head.output_norm(state[0]), None)
+            else:
+                logits = torch.empty(*input_ids.shape, self.model.config.vocab_size, device=input_ids.device)
+        self.model.losses.take()
+        dist.broadcast(logits, self._ranks[-1], group=self._pipeline)
+        return logits
+
+    def _run_stages(self, inputs: tuple[Tensor, Tensor, Tensor], parts: list[nn.Module]) -> State:
+        """A forward pass without gradients through all stages; returns what this one hands on."""
+        config, device = self.model.config, self.topology.device
+        streams = None
+        if not self._stages.first:
+            shape = (*inputs[0].shape, config.num_streams, config.hidden_size)
+            streams = torch.empty(shape, device=device)
+            dist.recv(streams, self._ranks[self._stages.index - 1], group=self._pipeline)
+        state = (streams, *inputs)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            for part in parts:
+                state = part(*state)
+        if not self._stages.last:
+            dist.send(state[0].contiguous(), self._ranks[self._stages.index + 1], group=self._pipeline)
+        return state
+
+    def _take_step(self) -> None:
+        self._step_instruction(self._engine)
+
+    def _sum_embedding_gradients(self) -> None:
+        if self._stages.shared_embedding is not None:
+            for parameter in self._stages.shared_embedding.parameters():
+                dist.all_reduce(parameter.grad, group=self._ends)
+
+
+class _Part(nn.Module):
+    """A part as DeepSpeed calls it: the first gets no streams."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, state: tuple[Tensor, ...]) -> State:
+        return self.part(*state) if len(state) == 4 else self.part(None, *state)
+
+
+class _Objective(nn.Module):
+    """The last parts, head and MTP: the whole objective of a micro-batch."""
+
+    def __init__(self, stages: Stages, losses: Losses, mtp_weight: float) -> None:
+        super().__init__()
+        self.parts, self.losses, self.mtp_weight = nn.ModuleList(stages.units[-1]), losses, mtp_weight
+        self.embedding = stages.shared_embedding  # MTP's, for DeepSpeed to know
+
+    def forward(self, state: State) -> Tensor:
+        for part in self.parts:
+            state = part(*state)
+        loss = self.losses.last("lm_loss")
+        if len(self.parts) > 1:
+            loss = loss + self.mtp_weight * self.losses.last("mtp_loss")
+        self.losses.record("loss", loss.detach())
+        return loss
+
+
+def _pipeline_module(model: Transformer, stages: Stages, sizes: Any) -> nn.Module:
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    class Module(PipelineModule):
+        def _partition_layers(self, method: str = "uniform") -> None:
+            self.parts = stages.bounds
+            self._set_bounds(start=stages.bounds[stages.index], stop=stages.bounds[stages.index + 1])
+
+    layers = [_Part(unit[0]) for unit in stages.units[:-1]]
+    layers.append(_Objective(stages, model.losses, model.config.mtp.loss_weight))
+    grid = PipeModelDataParallelTopology(num_pp=sizes.pipeline, num_mp=sizes.tensor, num_dp=sizes.replicas)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds
+        return Module(layers, topology=grid)
