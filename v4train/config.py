@@ -180,6 +180,9 @@ def settings(config: DictConfig) -> Settings:
         topology=make_topology(parallelism, checked_device(device)),
         resolved=resolved,
     )
+    if made.compile and made.topology.sizes.tensor > 1:
+        rule = "what is compiled holds no collectives"
+        raise ConfigError("compile", True, rule, "use compile=false with parallelism.tensor")
     if made.compile and made.topology.device.type == "cpu" and cpp_compiler() is None:
         rule = "torch.compile needs a C++ compiler, and neither $CXX nor g++ nor clang++ is found"
         raise ConfigError("compile", True, rule, "install g++, set CXX, or use compile=false")
@@ -187,12 +190,20 @@ def settings(config: DictConfig) -> Settings:
     check_layout_of(made.model, made.topology.sizes, made.train.sequence_length)
     _check_attention_mode(made.train.attention_mode, made.model)
     if made.train.micro_batch_size is None:
-        made.train.micro_batch_size = made.train.global_batch_size // made.topology.sizes.data
+        rows = made.train.global_batch_size // made.topology.sizes.data
+        made.train.micro_batch_size = default_micro_batch(rows, made.topology.sizes.pipeline)
     if made.tokenizer.vocab_size > made.model.vocab_size:
         rule = f"the model embeds only model.vocab_size={made.model.vocab_size} entries"
         raise ConfigError("tokenizer.vocab_size", made.tokenizer.vocab_size, rule, "make it at most as large")
     check_data(made.data)
     return made
+
+
+def default_micro_batch(rows: int, stages: int) -> int:
+    """Rows of a micro-batch: all of a step's, or in a pipeline so many that all stages are at work most of the time."""
+    if stages == 1:
+        return rows
+    return min(rows // count for count in range(1, min(rows, 4 * stages) + 1) if rows % count == 0)
 
 
 def _resolve(config: DictConfig) -> dict[str, Any]:

@@ -135,9 +135,8 @@ class Transformer(nn.Module):
     def count(self, input_ids: Tensor, document_ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """What each loss of this batch is a mean over: int64 scalars by loss name, for `losses.denominators`."""
         counts = {"lm_loss": (targets != -100).sum()}
-        for kind in {"csa", "dsa"} & set(
-            self.config.layer_kinds
-        ):  # by kind: from different tokens on they see something
+        # By kind: from different tokens on they see something. Sorted, because all ranks must have the same order
+        for kind in sorted({"csa", "dsa"} & set(self.config.layer_kinds)):
             counts[f"indexer_kl_{kind}"] = self._indexed_tokens(kind, document_ids)
         if self.mtp is not None:
             _, documents, after = next_tokens(input_ids, document_ids, targets, self.seams.sequence)

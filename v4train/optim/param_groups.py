@@ -1,6 +1,6 @@
 """Which optimizer holds which parameter (V4 report 2.4): Muon for matrices, AdamW for the rest."""
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -63,7 +63,6 @@ class ParameterGroup:
     independent_rows: tuple[int, ...] | None  # Muon: sizes of the matrices stacked along the rows; None is one matrix
     indexer: bool  # parameters of lightning indexers, which some phases train alone or freeze
     parts: tuple[tuple[str, int], ...]  # (axis, dimension counted from the end) along which ranks have parts of each
-    copy: bool  # of what an earlier pipeline stage has too
     parameters: dict[str, nn.Parameter]
 
     def is_part(self, axis: str) -> bool:
@@ -76,6 +75,7 @@ def is_muon_parameter(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and "embed" not in name and "lm_head" not in name and not name.endswith("bias")
 
 
+COPIED = "copied_from_another_stage"  # attribute of a parameter whose weights are another stage's to train
 Parts = Mapping[str, tuple[tuple[str, int], ...]]
 
 
@@ -83,11 +83,9 @@ def param_groups(
     model: nn.Module,
     config: OptimizerConfig,
     parts: Parts = MappingProxyType({}),
-    copies: Set[str] = frozenset(),
 ) -> list[ParameterGroup]:
     """Split the model's parameters: one group for each optimizer, set of stacked rows, indexer or not, and how ranks
-    share the parameter out (`parts`, by name, as in `ParameterGroup`). Parameters on meta are other ranks'; `copies`
-    are here as well as there.
+    share the parameter out (`parts`, by name, as in `ParameterGroup`). Parameters on meta are other ranks'.
 
     Raises ValueError for a parameter without gradient (freeze groups with `Engine.freeze`: a state that exists on every
     parameter is what makes phases and checkpoints simple) and for `independent_rows` that do not fit the shape.
@@ -103,10 +101,8 @@ def param_groups(
         words += ["rows", *map(str, rows)] if rows else []
         words += ["indexer"] if indexer else []
         words += [f"{axis}{dim}" for axis, dim in parts.get(name, ())]
-        words += ["copy"] if name in copies else []
-        key, shared_out = "_".join(words), parts.get(name, ())
-        group = ParameterGroup(key, use_muon, rows, indexer, shared_out, name in copies, {})
-        group = groups.setdefault(key, group)
+        key = "_".join(words)
+        group = groups.setdefault(key, ParameterGroup(key, use_muon, rows, indexer, parts.get(name, ()), {}))
         group.parameters[name] = parameter
     return list(groups.values())
 
@@ -133,8 +129,12 @@ def parameter_counts(model: nn.Module, groups: list[ParameterGroup], config: Opt
 
 
 def local_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters that are on this rank: other pipeline stages' are on meta."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta)
+    """Names and parameters that are trained on this rank.
+
+    Other pipeline stages' are on meta, or `copied` from there.
+    """
+    every = model.named_parameters()
+    return ((name, parameter) for name, parameter in every if not parameter.is_meta and not hasattr(parameter, COPIED))
 
 
 def _independent_rows(name: str, parameter: nn.Parameter) -> tuple[int, ...] | None:

@@ -25,6 +25,7 @@ REFUSED = {
     "steps_per_print": "set train.log_every",
     "tensor_parallel": "set parallelism.tensor",
     "expert_parallel": "set parallelism.expert",
+    "pipeline": "set parallelism.pipeline",
     "sequence_parallel_size": "set parallelism.context",
     "zero_optimization.stage": "set parallelism.zero_stage",
     # Each of these moves gradients or optimizer state to where clipping and checkpoints do not look (0.19.8).

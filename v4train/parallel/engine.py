@@ -16,6 +16,7 @@ from v4train.model.losses import Recorded
 from v4train.optim.param_groups import (
     OptimizerConfig,
     ParameterGroup,
+    is_muon_parameter,
     local_parameters,
     param_groups,
     parameter_counts,
@@ -41,10 +42,11 @@ class StepResult:
 
 
 class Engine:
-    """Trains `model` on one data-parallel rank. Make it after `start_distributed`; one per process.
+    """Trains `model` on one rank of a layout. Make it after `start_distributed`; one per process.
 
-    model: float32 parameters on `topology.device`, equal on every rank; its output has `.loss`, whose gradient is
-    divided by `accumulation_steps` and averaged over the data ranks. precision: fp32, or bf16 for float32 parameters
+    model: float32 parameters on `topology.device`, as `layout` has cut them, or whole and equal on every rank; its
+    output has `.loss`, whose gradient is divided by `accumulation_steps` and averaged over data x context, and for
+    `train` `.losses`. precision: fp32, or bf16 for float32 parameters
     under bfloat16 autocast with gradients summed in float32. grad_clip: largest norm of the gradients that AdamW holds,
     0 for none; Muon's are never clipped.
     """
@@ -70,9 +72,13 @@ class Engine:
         cuts = {} if layout is None else layout.cuts
         dims = {name: parameter.dim() for name, parameter in model.named_parameters()}
         parts = {name: tuple((cut.axis, cut.dim - dims[name]) for cut in of) for name, of in cuts.items()}
-        copies = frozenset() if layout is None else layout.copies
-        self.groups = param_groups(model, optimizer_config, parts, copies)
+        self.groups = param_groups(model, optimizer_config, parts)
         self.parameter_counts = parameter_counts(model, self.groups, optimizer_config)
+        if layout is not None:  # of all ranks
+            self.parameter_counts = dict.fromkeys(self.parameter_counts, 0)
+            for name, parameter in model.named_parameters():
+                muon = optimizer_config.name == "muon" and is_muon_parameter(name, parameter)
+                self.parameter_counts["muon" if muon else "adamw"] += layout.shapes[name].numel()
         # Before ZeRO 3 empties the parameters
         self._parameters = {name: (parameter, parameter.shape) for name, parameter in local_parameters(model)}
         self._use_muon = {name: group.use_muon for group in self.groups for name in group.parameters}
@@ -105,8 +111,8 @@ class Engine:
     def _counts(self, group: ParameterGroup, stage: int) -> bool:
         """Whether this rank counts the group's gradients in a norm, of all the ranks that have the same ones."""
         topology = self.topology
-        if group.copy or (not group.is_part("tensor") and topology.index("tensor")):
-            return False  # an earlier stage has it, or every rank along the axis has all of it
+        if not group.is_part("tensor") and topology.index("tensor"):
+            return False  # every rank along the axis has all of it
         copies = "expert_replica" if group.is_part("expert") else "replica"
         return stage > 0 or not topology.index(copies)  # ZeRO has no copies of a gradient
 
@@ -215,8 +221,6 @@ class Engine:
         whatever the layout. Collective, one tensor at a time: every rank must run it to the end.
         """
         for name, (parameter, shape) in self._parameters.items():
-            if self.layout is not None and name in self.layout.copies:
-                continue
             keys = MUON_KEYS if self._use_muon[name] else ADAMW_KEYS
             tensors = {key: self._whole(name, self._state.get(parameter, key).view(shape)) for key in (WEIGHT, *keys)}
             if not self._use_muon[name]:

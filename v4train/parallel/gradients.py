@@ -44,8 +44,8 @@ def _sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     return torch.where(total > torch.finfo(torch.float32).max, torch.inf, total)
 
 
-def _over_all_ranks(adamw: Tensor, muon: Tensor) -> tuple[float, float]:
-    sums = torch.stack([adamw, muon.to(adamw.device)])
+def _over_all_ranks(adamw: Tensor, muon: Tensor, device: torch.device) -> tuple[float, float]:
+    sums = torch.stack([adamw.to(device), muon.to(device)])
     if dist.get_world_size() > 1:
         dist.all_reduce(sums)
     return tuple(sums.tolist())
@@ -67,7 +67,9 @@ class WholeGradients:
         return [parameter.grad for parameters in groups for parameter in parameters]
 
     def square_sums(self) -> tuple[float, float]:
-        return _over_all_ranks(*(_sum_of_squares(self._tensors(muon, self._counted)) for muon in (False, True)))
+        device = self._groups[0]["params"][0].device
+        sums = (_sum_of_squares(self._tensors(muon, self._counted)) for muon in (False, True))
+        return _over_all_ranks(*sums, device)
 
     def scale_adamw(self, factor: float) -> None:
         if tensors := self._tensors(False):
@@ -109,7 +111,7 @@ class _ShardedGradients:
             torch._foreach_zero_(self._zero.averaged_gradients[i])
         device = self._zero.averaged_gradients[0][0].device
         adamw = _sum_of_squares(self._pieces(False, self._counted))
-        return _over_all_ranks(adamw.to(device), self._muon_square_sum())
+        return _over_all_ranks(adamw, self._muon_square_sum(), device)
 
     def scale_adamw(self, factor: float) -> None:
         if pieces := self._pieces(False):

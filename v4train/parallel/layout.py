@@ -24,6 +24,7 @@ from v4train.model.init import initial_value
 from v4train.model.moe.experts import Experts
 from v4train.model.seams import Seams, put_seams
 from v4train.model.seams import Sequence as WholeRows
+from v4train.optim.param_groups import COPIED
 from v4train.parallel.collectives import gathered
 from v4train.parallel.context import Shards
 from v4train.parallel.expert import SharedOutExperts
@@ -73,7 +74,6 @@ class Layout:
         shapes: of every whole parameter and buffer of the model.
         cuts: of the tensors that are shared out; the others are whole.
         names: the parameters that are here; the others are on other pipeline stages.
-        copies: those of them that an earlier stage has too.
         stages: the pipeline's, None where there is one only.
     """
 
@@ -95,15 +95,15 @@ class Layout:
         here = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
         self.names = [name for name, parameter in model.named_parameters() if id(parameter) in here]
         self._buffers = [name for name, buffer in model.named_buffers() if id(buffer) in here]
-        shared = None if self.stages is None else self.stages.shared_embedding
-        copied = shared is not None and topology.index("pipeline") > 0
-        self.copies = {f"embedding.{name}" for name, _ in shared.named_parameters()} if copied else frozenset()
 
     @torch.no_grad()
     def materialise(self, model: Transformer) -> None:
         """Give this rank's tensors their values, one whole tensor at a time."""
         for name in [*self.names, *self._buffers]:
             _put(model, name, self.initial(name).to(self.topology.device))
+        if self.stages is not None and self.stages.copies_embedding:
+            for parameter in model.embedding.parameters():
+                setattr(parameter, COPIED, True)
 
     def initial(self, name: str) -> Tensor:
         """This rank's part of a tensor's initial value; of a stack of experts no other is made."""

@@ -66,7 +66,9 @@ class WholeState:
 
     def get(self, parameter: nn.Parameter, key: str) -> Tensor:
         tensor = self._tensor(parameter, key, create=False)
-        return torch.zeros(parameter.numel()) if tensor is None else tensor.detach().reshape(-1).float()
+        if tensor is None:
+            return torch.zeros(parameter.numel(), device=parameter.device)
+        return tensor.detach().reshape(-1).float()
 
     def set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         self._tensor(parameter, key, create=True).copy_(value.view(parameter.shape))
@@ -186,7 +188,7 @@ class PartitionedState:
     def get(self, parameter: nn.Parameter, key: str) -> Tensor:
         part = self._part(parameter, key, create=False)
         if part is None:
-            return torch.zeros(parameter.ds_numel)
+            return torch.zeros(parameter.ds_numel, device=self.holder(parameter).device)
         processes = self._zero._get_param_partition_group(parameter)
         parts = [torch.empty_like(part) for _ in range(dist.get_world_size(processes))]
         dist.all_gather(parts, part.contiguous(), group=processes)

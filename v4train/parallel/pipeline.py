@@ -2,14 +2,14 @@
 they hand on (streams, token ids, document ids, targets) goes from stage to stage, one micro-batch after another (1F1B).
 
 Losses that arise in the middle need no sending: they are attached where they arise (DESIGN 5). The embedding is on the
-first stage and, for MTP, on the last; the gradients of the two are summed.
+first stage and, for MTP, on the last: the first trains it with the sum of both gradients, the last gets a copy.
 
 Shapes: B batch, S sequence, C streams, M hidden, V vocabulary.
 """
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -36,9 +36,7 @@ class PipelineEngine(Engine):
 
         self._stages, self._pipeline = self.layout.stages, groups["pipeline"]
         self._ranks = dist.get_process_group_ranks(self._pipeline)
-        ends = (self._ranks[0], self._ranks[-1])
-        has_copy = self._stages.shared_embedding is not None
-        self._ends = dist.new_group(ends, use_local_synchronization=True) if has_copy else None
+        self._ends = groups["ends"]
         # use_reentrant: recomputation is ours. Partitioned: shares of streams that every rank has whole already.
         options = {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False}
         module = _pipeline_module(self.model, self._stages, self.topology.sizes)
@@ -47,6 +45,7 @@ class PipelineEngine(Engine):
         made = deepspeed.initialize(
             model=module, optimizer=self._optimizer, config={**config, "pipeline": options}, dist_init_required=False
         )
+        made[0]._config.steps_per_print = None  # it would print of step 0
         of_deepspeed = made[0]._INSTRUCTION_MAP
         self._step_instruction = of_deepspeed[schedule.OptimizerStep]
         made[0]._INSTRUCTION_MAP = {
@@ -81,7 +80,7 @@ class PipelineEngine(Engine):
             inputs = (input_ids, torch.zeros_like(input_ids), torch.full_like(input_ids, -100))
             state = self._run_stages(inputs, blocks)
             if self._stages.last:
-                logits = head.lm_head(head.output_norm(state[0]), None)
+                logits = head.lm_head(head.output_norm(state[0]), None).contiguous()
             else:
                 logits = torch.empty(*input_ids.shape, self.model.config.vocab_size, device=input_ids.device)
         self.model.losses.take()
@@ -104,13 +103,28 @@ class PipelineEngine(Engine):
             dist.send(state[0].contiguous(), self._ranks[self._stages.index + 1], group=self._pipeline)
         return state
 
+    def load_named_state(self, read: Callable[[str], dict[str, Tensor]]) -> None:
+        super().load_named_state(read)
+        self._copy_embedding()
+
     def _take_step(self) -> None:
         self._step_instruction(self._engine)
+        self._copy_embedding()
 
     def _sum_embedding_gradients(self) -> None:
-        if self._stages.shared_embedding is not None:
-            for parameter in self._stages.shared_embedding.parameters():
-                dist.all_reduce(parameter.grad, group=self._ends)
+        """The first stage trains the embedding; the last one's gradient is a part of it."""
+        for parameter in self._shared_embedding():
+            dist.all_reduce(parameter.grad, group=self._ends)
+            if self._stages.copies_embedding:
+                parameter.grad = None
+
+    def _copy_embedding(self) -> None:
+        for parameter in self._shared_embedding():
+            dist.broadcast(parameter.data, self._ranks[0], group=self._ends)
+
+    def _shared_embedding(self) -> list[nn.Parameter]:
+        shared = self._stages.shared_embedding
+        return [] if shared is None else list(shared.parameters())
 
 
 class _Part(nn.Module):

@@ -15,6 +15,9 @@ def check_layout_of(model: ModelConfig, sizes: Sizes, sequence_length: int) -> N
             rule = f"{key}={value} must be a multiple of it: it is shared out evenly"
             fitting = max(size for size in range(1, count) if value % size == 0)
             raise ConfigError(f"parallelism.{axis}", count, rule, f"for example parallelism.{axis}={fitting}")
+    if sizes.expert > 1 and "moe" not in model.ffn_kinds:
+        rule = f"no layer of model.ffn_mix={model.ffn_mix} has experts"
+        raise ConfigError("parallelism.expert", sizes.expert, rule, "set parallelism.expert=1")
     parts = model.num_layers + 2
     if sizes.pipeline > parts:
         rule = f"the model has {parts} parts to share out: embedding, {model.num_layers} layers, head with MTP"

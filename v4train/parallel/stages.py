@@ -38,6 +38,11 @@ class Stages:
             self.here += [model.embedding] if self.last else []
 
     @property
+    def copies_embedding(self) -> bool:
+        """Whether the embedding here is a copy of the first stage's."""
+        return self.shared_embedding is not None and not self.first
+
+    @property
     def first(self) -> bool:
         return self.index == 0
 

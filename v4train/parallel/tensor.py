@@ -28,4 +28,4 @@ class SharedOutVocabulary(SharedOutHeads, Vocabulary):
         return gathered(log_sum_exp[None], 0, self.group).logsumexp(0)
 
     def gather(self, logits: Tensor) -> Tensor:
-        return gathered(logits, -1, self.group)
+        return gathered(logits, -1, self.group).contiguous()

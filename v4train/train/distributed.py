@@ -24,6 +24,15 @@ def all_sum(
     return {name: sum(of.get(name, 0.0) for of in everyones) for name in dict.fromkeys(chain(*everyones))}
 
 
+def all_max(value: float, device: torch.device) -> float:
+    """The largest of all ranks'."""
+    if dist.get_world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
+
+
 def all_sum_tensor(tensor: Tensor) -> Tensor:
     """Sum of a tensor over the ranks, in place."""
     if dist.get_world_size() > 1:

@@ -9,13 +9,21 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-# How gloo (torch 2.13) says that the other end is gone; NCCL's errors have a class of their own.
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Timed out waiting")
+# How gloo and NCCL (torch 2.13) say that the other end is gone
+GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "Timed out waiting",
+    "remote process exited",
+    "communicator was aborted",
+)
 
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank does not answer any more."""
-    return isinstance(error, dist.DistError) or any(words in str(error) for words in GONE)
+    return any(words in str(error) for words in GONE)
 
 
 def give_up(run_dir: str, rank: int, error: BaseException) -> NoReturn:

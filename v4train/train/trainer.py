@@ -29,7 +29,7 @@ from v4train.model.moe.balance import max_violation
 from v4train.optim.schedules import learning_rate
 from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
-from v4train.train.distributed import all_sum, all_sum_tensor
+from v4train.train.distributed import all_max, all_sum, all_sum_tensor
 from v4train.train.metrics import MetricsFile
 from v4train.train.profiler import StepProfiler
 from v4train.train.progress import Progress
@@ -152,7 +152,7 @@ class Trainer:
             "skipped": not result.finite,
             "tokens_per_second": self.train.tokens_per_step / seconds,
             "mfu": self.train.tokens_per_step / seconds * self.flops_share,
-            "memory_gib": _peak_memory_gib(self.topology.device),
+            "memory_gib": all_max(_peak_memory_gib(self.topology.device), self.topology.device),
             "max_violation": violation,
             "phase": 0,
             "attention_mode": self.model.attention_mode,

@@ -19,6 +19,7 @@ from v4train.model.documents import EntryRange
 from v4train.model.losses import Losses
 from v4train.model.norm import LayerNorm
 from v4train.model.rope import rotate
+from v4train.model.seams import Seams
 
 KEY_NORM_EPS = 1e-6  # of the LayerNorm, as released
 
@@ -29,6 +30,8 @@ class TokenIndexer(nn.Module):
     The released model rotates the first channels in half-split order; here, as everywhere, the last ones in pairs,
     which is the same up to the order of channels. Its Hadamard rotation serves only quantisation: left out.
     """
+
+    seams = Seams()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -41,9 +44,12 @@ class TokenIndexer(nn.Module):
         self.head_weight = nn.Linear(config.hidden_size, options.num_heads, bias=False)
 
     def forward(self, x: Tensor, latent: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs of `index_scores` from x [B, S, M] and the query latent [B, S, q_lora_rank], both detached."""
+        """Inputs of `index_scores` from x [B, S, M] and the query latent [B, S, q_lora_rank], both detached; keys of
+        the tokens before these too, where other ranks have them."""
         query = rotate(self.query(latent).unflatten(-1, (-1, self.head_dim)), rotation)
-        return query, rotate(self.key_norm(self.key(x)), rotation), self.head_weight(x) * self.scale
+        keys = rotate(self.key_norm(self.key(x)), rotation)
+        keys = self.seams.heads.copy(self.seams.sequence.before(keys, None, dim=1))
+        return query, keys, self.head_weight(x) * self.scale
 
 
 class DeepSeekSparseAttention(MultiHeadLatentAttention):
@@ -77,12 +83,8 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         if cache is not None:
             keys, values = extend(cache, keys, values)
             scored = (scored[0], cache["index"].extend(scored[1][:, None])[:, 0], scored[2])
-        else:
-            if values is not None:  # or every chunk copies them
-                keys, values = keys.contiguous(), values.contiguous()
-            if scored is not None:
-                index_keys = self.seams.sequence.before(scored[1], None, dim=1)
-                scored = (scored[0], self.seams.heads.copy(index_keys), scored[2])
+        elif values is not None:  # or every chunk copies them
+            keys, values = keys.contiguous(), values.contiguous()
         # Every token is an entry: visible from itself on.
         where = tokens.place
         end = torch.arange(1, query.shape[1] + 1, device=query.device).expand(query.shape[:2]) + where.previous
