@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
 OPTIMIZERS = ("adamw", "muon")
 LOSS = {"adamw": 1e-5, "muon": 1e-4}
 COMMON = [
+    "train.sample_tokens=6",
     "train.grad_clip=0.05",  # below the norm of every step
     "optimizer.eps=1e-6",  # above the rounding of gradients: mHC's are nothing else while the streams are equal
 ]
@@ -126,6 +127,8 @@ def test_losses_are_those_of_one_process(layout, optimizer):
     for key in ("grad_norm", "max_violation", "lr", "tokens", "indexer_recall"):
         got, own = losses(base, f"{name}_{optimizer}", key), losses(base, expected, key)
         assert got[:2] == pytest.approx(own[:2], rel=1e-4), key
+    texts = [(base / run / "samples.txt").read_text() for run in (f"{name}_{optimizer}", expected)]
+    assert texts[0] == texts[1]
     validated = [json.loads((base / run / "summary.json").read_text()) for run in (f"{name}_{optimizer}", expected)]
     assert validated[0]["val_loss"] == pytest.approx(validated[1]["val_loss"], abs=tolerance)
     assert validated[0]["val_tokens"] == validated[1]["val_tokens"]
