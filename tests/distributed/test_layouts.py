@@ -63,14 +63,13 @@ FOUR = {
     "four_shards": ["parallelism=context", "parallelism.context=4", "parallelism.expert=2"],
     "expert_replicas": ["parallelism=expert", "parallelism.expert=2", "parallelism.zero_stage=2"],
 }
-SAMPLE = ("full4",)  # of FOUR, in the default run
 
 
 def cases():
     for name, layout in TWO.items():
         yield pytest.param((2, name, layout), id=name)
     for name, layout in FOUR.items():
-        yield pytest.param((4, name, layout), id=name, marks=() if name in SAMPLE else pytest.mark.exhaustive)
+        yield pytest.param((4, name, layout), id=name, marks=pytest.mark.exhaustive)
 
 
 def train(base: Path, ranks: int, jobs: dict[str, list[str]]) -> None:
@@ -157,10 +156,8 @@ def test_weights_are_those_of_one_process(layout, optimizer):
         assert close or (difference.abs().max() <= 2e-5 and not is_muon_parameter(key, value)), key
 
 
-BF16 = ["tensor", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("context", "pipeline", "expert"))]
-
-
-@pytest.mark.parametrize("name", BF16)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", TWO)
 def test_bf16_stays_close(base, name):
     train(base, 2, {f"{name}_bf16": ["optimizer=adamw", *TWO[name], "precision=bf16", "train.stop_at_step=4"]})
     got = losses(base, f"{name}_bf16")

@@ -162,7 +162,7 @@ def test_hydra_shows_the_configuration(base):
     assert "max_steps: 7" in result.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
 def test_a_signal_saves_and_the_same_command_continues_bitwise(finished, base, number):
     name = f"signalled_{number}"
     overrides = tiny(base, name, "train.validate_every=4", "train.max_steps=400")
@@ -194,7 +194,7 @@ def test_a_signal_saves_and_the_same_command_continues_bitwise(finished, base, n
     assert checkpoint_digests(base, name, further) == checkpoint_digests(base, whole, further)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_rank_that_is_killed_ends_the_job_with_one_message(base, killed):
     """Mid-step, by SIGKILL: the others are in a collective with it, or about to be."""
     name = f"killed_{killed}"
