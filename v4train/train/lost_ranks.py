@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 # How gloo and NCCL (torch 2.13) say that the other end is gone
 GONE = (
+    "gloo/transport",
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
