@@ -39,6 +39,24 @@ TINY = [
     "device=cpu",
 ]
 
+# The kinds that the mix above lacks, V3's and gpt-oss's routers, dense layers, hyper-connections
+MIXED = [
+    "model.attention_mix='gqa:window=9:dilation=2:global_tokens=2:sink=true mla dsa'",
+    "model.attention.gqa.bias=true",
+    "model.attention.gqa.qk_norm=true",
+    "model.attention.dsa.top_k=20",
+    "model.ffn_mix='dense moe'",
+    "model.moe.num_hash_layers=0",
+    "model.moe.scoring=softmax",
+    "model.moe.num_groups=4",
+    "model.moe.top_k_groups=2",
+    "model.moe.router_bias=true",
+    "model.moe.expert_bias=true",
+    "model.moe.activation=swiglu_oai",
+    "model.residual.kind=hc",
+    "model.mtp.attention=mqa",
+]
+
 
 def corpus(folder: Path) -> Path:
     """A dozen short documents, so that a row of 96 tokens often holds several."""

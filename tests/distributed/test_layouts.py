@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.launch import launch
-from tests.runs import STEPS, losses, tiny
+from tests.runs import MIXED, STEPS, losses, tiny
 from v4train.config import load
 from v4train.model import build_model
 from v4train.optim.param_groups import is_muon_parameter
@@ -19,28 +19,13 @@ OPTIMIZERS = ("adamw", "muon")
 LOSS = {"adamw": 1e-5, "muon": 1e-4}
 COMMON = [
     "train.sample_tokens=6",
+    "model.attention.o_groups=4",  # for four shares of everything
+    "model.attention.indexer.num_heads=4",
+    "model.attention.dsa.num_heads=4",
     "train.grad_clip=0.05",  # below the norm of every step
     "optimizer.eps=1e-6",  # above the rounding of gradients: mHC's are nothing else while the streams are equal
 ]
 SHARD_ALL = "+parallelism.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
-# The kinds that the default mix of tests.runs lacks, V3's and gpt-oss's routers, dense layers, hyper-connections
-MIXED = [
-    "model.attention_mix='gqa:window=9:dilation=2:global_tokens=2:sink=true mla dsa'",
-    "model.attention.gqa.bias=true",
-    "model.attention.gqa.qk_norm=true",
-    "model.attention.dsa.top_k=20",
-    "model.ffn_mix='dense moe'",
-    "model.moe.num_hash_layers=0",
-    "model.moe.scoring=softmax",
-    "model.moe.num_groups=4",
-    "model.moe.top_k_groups=2",
-    "model.moe.router_bias=true",
-    "model.moe.expert_bias=true",
-    "model.moe.activation=swiglu_oai",
-    "model.residual.kind=hc",
-    "model.mtp.attention=mqa",
-]
-FOUR_HEADS = ["model.attention.o_groups=4", "model.attention.indexer.num_heads=4"]
 TWO = {
     "tensor": ["parallelism=tensor"],
     "context": ["parallelism=context"],
@@ -57,7 +42,7 @@ FOUR = {
     "tensor_context_expert": ["parallelism=tensor", "parallelism.context=2", "parallelism.expert=2"],
     "tensor_expert": ["parallelism=tensor", "parallelism.expert=2", "parallelism.zero_stage=3", SHARD_ALL],
     "tensor_data": ["parallelism=tensor", "parallelism.zero_stage=2"],
-    "four_shares": ["parallelism=tensor", "parallelism.tensor=4", *FOUR_HEADS],
+    "four_shares": ["parallelism=tensor", "parallelism.tensor=4"],
     "context_data_expert": ["parallelism=context", "parallelism.expert=4"],
     "context_data": ["parallelism=context", "parallelism.zero_stage=3", SHARD_ALL],
     "four_shards": ["parallelism=context", "parallelism.context=4", "parallelism.expert=2"],
@@ -86,8 +71,6 @@ def base(tmp_path_factory) -> Path:
     """Folder with the single-process runs that all others are compared with."""
     base = tmp_path_factory.mktemp("layouts")
     jobs = {f"reference_{name}": [f"optimizer={name}", "parallelism=zero0"] for name in OPTIMIZERS}
-    jobs["reference_groups"] = [*jobs["reference_adamw"], *FOUR_HEADS]
-    jobs["reference_groups_muon"] = [*jobs["reference_muon"], *FOUR_HEADS]
     train(base, 1, jobs | {"reference_mixed": ["optimizer=muon", "parallelism=zero0", *MIXED]})
     return base
 
@@ -101,24 +84,14 @@ def layout(base, request) -> tuple[Path, str]:
         f"{name}_muon": ["optimizer=muon", *overrides, "train.micro_batch_size=1"],
         f"{name}_mixed": ["optimizer=muon", *overrides, *MIXED],
     }
-    if name == "four_shares":  # gqa has two groups there
-        del jobs[f"{name}_mixed"]
     train(base, ranks, jobs)
     return base, name
-
-
-def reference(name: str, optimizer: str) -> str:
-    if name == "four_shares":
-        return "reference_groups" if optimizer == "adamw" else "reference_groups_muon"
-    return f"reference_{optimizer}"
 
 
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "mixed"])
 def test_losses_are_those_of_one_process(layout, optimizer):
     base, name = layout
-    if (name, optimizer) == ("four_shares", "mixed"):
-        pytest.skip("its dsa has fewer index heads")
-    expected, tolerance = reference(name, optimizer), LOSS.get(optimizer, 1e-4)
+    expected, tolerance = f"reference_{optimizer}", LOSS.get(optimizer, 1e-4)
     for key in ("loss", "lm_loss", "mtp_loss", "balance_loss", "indexer_kl"):
         got = losses(base, f"{name}_{optimizer}", key)
         assert len(got) == STEPS
@@ -140,14 +113,13 @@ def weights(base: Path, run: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_weights_are_those_of_one_process(layout, optimizer):
     base, name = layout
-    got, expected = weights(base, f"{name}_{optimizer}"), weights(base, reference(name, optimizer))
+    got, expected = weights(base, f"{name}_{optimizer}"), weights(base, f"reference_{optimizer}")
     assert got.keys() == expected.keys()
     if optimizer == "adamw":
         for key, value in expected.items():
             torch.testing.assert_close(got[key], value, atol=2e-5, rtol=0, msg=key)
         return
-    groups = FOUR_HEADS if name == "four_shares" else []
-    start = build_model(load(tiny(base, "start", *groups)).model).state_dict()
+    start = build_model(load(tiny(base, "start", *COMMON)).model).state_dict()
     for key, value in expected.items():
         if key.endswith(("residual.projection", "collapse.projection")):
             continue  # Muon makes a whole update of a gradient's every direction, of those that are rounding too

@@ -79,6 +79,9 @@ def test_every_rank_is_in_one_group_of_each_kind(sizes):
             groups = topology.groups(axis)
             assert sorted(itertools.chain(*groups)) == list(range(sizes.world)), axis
             assert all(group == sorted(group) for group in groups)
+            for rank in range(sizes.world):
+                place = Topology(rank, 0, with_experts, torch.device("cpu")).index(axis)
+                assert next(group for group in groups if rank in group)[place] == rank
         size = {axis: len(topology.groups(axis)[0]) for axis in AXES}
         assert size["expert"] * size["expert_replica"] == size["replica"] == sizes.data * sizes.context
         # All experts are in one expert group: its ranks have different ones, replicas the same

@@ -75,8 +75,13 @@ class Topology:
         return self.sizes.world
 
     def index(self, axis: str) -> int:
-        """Rank along `pipeline`, `data`, `context`, `tensor`, `replica` (data x context) or `expert`."""
-        return next(group.index(self.rank) for group in self.groups(axis) if self.rank in group)
+        """Rank along `pipeline`, `data`, `context`, `tensor`, `replica` (data x context), or another of `groups`."""
+        sizes = self.sizes
+        place = np.unravel_index(self.rank, [getattr(sizes, name) for name in AXES])
+        if axis in AXES:
+            return int(place[AXES.index(axis)])
+        replica = int(place[AXES.index("data")] * sizes.context + place[AXES.index("context")])
+        return {"replica": replica, "expert": replica % sizes.expert, "expert_replica": replica // sizes.expert}[axis]
 
     def groups(self, axis: str) -> list[list[int]]:
         """All groups of ranks that differ along one axis only, in its order.
