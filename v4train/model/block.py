@@ -75,7 +75,7 @@ class Block(nn.Module):
         if coefficients is not None:
             again = _input_again(self.ffn_residual, self.ffn_norm, streams, coefficients)
             forget(x, normalised, again=again, needed_by=transformed, inside=self)
-            forget(between, again=lambda: [merge()], needed_by=output, inside=self)
+            forget(between, again=lambda into: merge(into=into), needed_by=output, inside=self)
         return output
 
     def _recomputes(self, level: str, cache: LayerCache | None) -> bool:
@@ -84,11 +84,11 @@ class Block(nn.Module):
 
 def _input_again(
     residual: nn.Module, norm: RMSNorm, streams: Tensor, coefficients: Coefficients
-) -> Callable[[], tuple[Tensor, Tensor]]:
-    """What gives the input [B, S, M] of a sub-layer, and what its norm makes of it, once more."""
+) -> Callable[[Tensor, Tensor], None]:
+    """What writes the input [B, S, M] of a sub-layer, and what its norm makes of it, once more."""
 
-    def again() -> tuple[Tensor, Tensor]:
-        x = residual.collapse(streams, coefficients)
-        return x, norm(x)
+    def again(x: Tensor, normalised: Tensor) -> None:
+        residual.collapse(streams, coefficients, into=x)
+        normalised.copy_(norm(x))
 
     return again

@@ -27,10 +27,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             here = valid & (row >= 0) & (row < len(weight))
             index = torch.where(here, row, 0)[:, None]
             chosen = logits.gather(-1, index)[:, 0]
-            top, best = logits.max(-1, keepdim=True)
+            top = logits.amax(-1)
             softmax = torch.softmax(logits, -1, out=logits)
             # The largest probability is at least 1/V, so this log-sum-exp is exact
-            normaliser = (top - softmax.gather(-1, best).log())[:, 0]
+            normaliser = top - softmax.amax(-1).log()
             if vocabulary.count > 1:
                 own, normaliser = normaliser, vocabulary.join(normaliser)
                 softmax *= torch.exp(own - normaliser)[:, None]

@@ -73,13 +73,17 @@ class _WeightedNormalise(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         scale = inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale * full(weight)).to(x.dtype)
+        return (x * scale).mul_(full(weight)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
+        # y = w s x: dx = s (w dy - x s^2 mean(x w dy)), dw = sum of s x dy
         x, weight, scale = ctx.saved_tensors
-        weighted, normalised = full(gradient) * full(weight), full(x) * scale
-        weight_gradient = (normalised * gradient).flatten(0, -2).sum(0)
-        along = torch.linalg.vecdot(normalised, weighted)[..., None] / x.shape[-1]
-        return weighted.sub_(normalised.mul_(along)).mul_(scale).to(x.dtype), weight_gradient.to(weight.dtype), None
+        full_x, full_weight, gradient = full(x), full(weight), full(gradient)
+        with full_precision(x.device.type):
+            products = (full_x * gradient).flatten(0, -2)
+            weight_gradient = torch.mv(products.mT, scale.flatten())
+            along = torch.mv(products, full_weight).view_as(scale) * scale.pow(3) / -x.shape[-1]
+            x_gradient = (gradient * full_weight).mul_(scale).addcmul_(full_x, along)
+        return x_gradient.to(x.dtype), weight_gradient.to(weight.dtype), None

@@ -14,6 +14,12 @@ def full(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which matrix products take x: autocast's where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def has_fast_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 matrices with instructions of its own, and not number by number."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()

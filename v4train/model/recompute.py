@@ -47,15 +47,15 @@ class _RecomputeFirst(torch.autograd.Function):
         return gradient
 
 
-def forget(*tensors: Tensor, again: Callable[[], Sequence[Tensor]], needed_by: Tensor, inside: nn.Module) -> None:
-    """Free the memory of `tensors` until backward comes to what made `needed_by`, and then fill it from `again()`.
+def forget(*tensors: Tensor, again: Callable[..., None], needed_by: Tensor, inside: nn.Module) -> None:
+    """Free the memory of `tensors` until backward comes to what made `needed_by`, and then let `again` fill it.
 
     In training only, and not where somebody else has a hand in it: a checkpoint around, or hooks that may have handed
     the tensors out (ZeRO 3's, a profiler's, a user's).
 
     Args:
         tensors: nothing reads them any more but the backward of operations up to `needed_by`, through it.
-        again: the same values, from tensors that are kept anyhow.
+        again: writes the same values into tensors that it is given, from what is kept anyhow.
         needed_by: the last result that backward needs them for.
         inside: the module within which modules see them.
     """
@@ -66,7 +66,7 @@ def forget(*tensors: Tensor, again: Callable[[], Sequence[Tensor]], needed_by: T
 class _Refill:
     """A tensor's hook: works once, and then holds nothing that would outlive the backward pass."""
 
-    def __init__(self, tensors: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], again: Callable[..., None]) -> None:
         # `.data`, because filling it again is no modification that autograd should see
         self.again, self.tensors = again, [tensor.data for tensor in tensors]
         self.sizes = [tensor.untyped_storage().nbytes() for tensor in tensors]
@@ -77,9 +77,9 @@ class _Refill:
         if self.again is None:
             return
         with torch.no_grad():
-            for tensor, size, value in zip(self.tensors, self.sizes, self.again(), strict=True):
+            for tensor, size in zip(self.tensors, self.sizes, strict=True):
                 tensor.untyped_storage().resize_(size)
-                tensor.copy_(value)
+            self.again(*self.tensors)
         self.tensors = self.again = None
 
 

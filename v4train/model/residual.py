@@ -108,13 +108,13 @@ class Coefficients(NamedTuple):
 class _Connection(nn.Module):
     """What HC and mHC share."""
 
-    def merge(self, streams: Tensor, output: Tensor, coefficients: Coefficients) -> Tensor:
+    def merge(self, streams: Tensor, output: Tensor, coefficients: Coefficients, into: Tensor | None = None) -> Tensor:
         """As `merge_streams`."""
-        return merge_streams(streams, output, coefficients.mixing, coefficients.post)
+        return merge_streams(streams, output, coefficients.mixing, coefficients.post, into)
 
-    def collapse(self, streams: Tensor, coefficients: Coefficients) -> Tensor:
+    def collapse(self, streams: Tensor, coefficients: Coefficients, into: Tensor) -> None:
         """The collapsed input [B, S, M] once more, without gradient."""
-        return _read(streams, coefficients.read)
+        _read(streams, coefficients.read, into)
 
 
 class HyperConnection(_Connection):
@@ -191,10 +191,12 @@ def _by_row(gates: Tensor, count: int) -> Tensor:
     return torch.cat([gate.expand(size) for gate, size in zip(gates, sizes, strict=True)])[:, None, None]
 
 
-def _read(streams: Tensor, read: Tensor) -> Tensor:
+def _read(streams: Tensor, read: Tensor, into: Tensor | None = None) -> Tensor:
     """read [T, 1, C] times streams [B, S, C, M]: [B, S, M]."""
+    result = streams.new_empty(*streams.shape[:2], streams.shape[-1]) if into is None else into
     with full_precision(streams.device.type):
-        return torch.bmm(read, streams.flatten(0, 1)).view(*streams.shape[:2], streams.shape[-1])
+        torch.bmm(read, streams.flatten(0, 1), out=result.flatten(0, 1)[:, None])
+    return result
 
 
 def _token_first(x: Tensor, like: Tensor) -> Tensor:
@@ -233,45 +235,50 @@ class UnconstrainedHyperConnection(_Connection):
         return *collapse(streams, pre), Coefficients(mixing, post, _token_first(pre.detach(), streams)[:, None])
 
 
-def merge_streams(streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor) -> Tensor:
+def merge_streams(streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor, into: Tensor | None = None) -> Tensor:
     """new_k = sum_j mixing[j, k] x_j + post_k * output, in the streams' dtype: [B, S, C, M], [B, S, M] -> [B, S, C, M].
 
-    mixing: [source, destination, B, S]; post: [destination, B, S].
+    mixing: [source, destination, B, S]; post: [destination, B, S]. into: for the result, then without gradient.
     """
     # Contiguous, or bmm copies matrix by matrix
     mixing = mixing.permute(2, 3, 1, 0).flatten(0, 1).contiguous().to(streams.dtype)
     post = _token_first(post, streams)[:, :, None]
-    return _Merge.apply(streams, output.to(streams.dtype), mixing, post)
+    output = output.to(streams.dtype)
+    return _Merge.apply(streams, output, mixing, post) if into is None else _merged(streams, output, mixing, post, into)
+
+
+def _merged(streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor, into: Tensor) -> Tensor:
+    """Products token by token: mixing [T, destination, source], post [T, destination, 1]."""
+    tokens, output, merged = streams.flatten(0, 1), output.flatten(0, 1)[:, None], into.flatten(0, 1)
+    with full_precision(streams.device.type):
+        for block in blocks(tokens):
+            own = torch.mul(post[block], output[block], out=merged[block])
+            torch.baddbmm(own, mixing[block], tokens[block], out=own)
+    return into
 
 
 class _Merge(torch.autograd.Function):
-    """Products token by token: mixing [T, destination, source], post [T, destination, 1]."""
+    """`_merged` with its gradients."""
 
     @staticmethod
     def forward(ctx, streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor) -> Tensor:
         ctx.save_for_backward(streams, output, mixing, post)
-        tokens, output = streams.flatten(0, 1), output.flatten(0, 1)[:, None]
-        merged = streams.new_empty(streams.shape)
-        with full_precision(streams.device.type):
-            for block in blocks(tokens):
-                own = torch.mul(post[block], output[block], out=merged.flatten(0, 1)[block])
-                torch.baddbmm(own, mixing[block], tokens[block], out=own)
-        return merged
+        return _merged(streams, output, mixing, post, streams.new_empty(streams.shape))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         streams, output, mixing, post = ctx.saved_tensors
         results = [x.new_empty(x.shape) for x in (streams, output, mixing, post)]
-        tokens, outputs, gradient = streams.flatten(0, 1), output.flatten(0, 1)[:, :, None], gradient.flatten(0, 1)
-        into = [results[0].flatten(0, 1), results[1].flatten(0, 1)[:, None], *results[2:]]
+        tokens, outputs, gradient = streams.flatten(0, 1), output.flatten(0, 1)[:, None], gradient.flatten(0, 1)
+        into = [results[0].flatten(0, 1), results[1].flatten(0, 1)[:, None], results[2], results[3].mT]
         with full_precision(streams.device.type):
             for block in blocks(tokens):
                 own, (x, o, m, p) = gradient[block], (part[block] for part in into)
                 torch.bmm(mixing[block].mT, own, out=x)
                 torch.bmm(post[block].mT, own, out=o)
                 torch.bmm(own, tokens[block].mT, out=m)
-                torch.bmm(own, outputs[block], out=p)
+                torch.bmm(outputs[block], own.mT, out=p)
         return tuple(results)
 
 

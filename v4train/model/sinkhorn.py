@@ -14,39 +14,38 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> tuple[Tensor, ...]:
     `iterations - 1` times both. On B = transpose this is 20 x RowNorm(ColNorm(.)) of report eq. 8.
 
     Dividing by sums changes one factor a row and one a column only, 2 C numbers a token and not C^2: the matrix is
-    x[i, j] rows[i] columns[j]. Only the denominators are kept: backward multiplies its way to each iterate.
+    x[i, j] rows[i] columns[j]. Each division by (sum + eps) makes 1 / factor the sum over x weighted by the other
+    factor, plus eps / old factor. Factors are kept, [turns, C, ...], and x.
     """
     x = logits.softmax(dim=1) + eps
-    factors, turns = [torch.ones_like(x[:, 0]), torch.ones_like(x[0])], _turns(iterations)
-    added, products = torch.full_like(x[0], eps), torch.empty_like(x)
-    denominators = x.new_empty(len(turns), *x.shape[1:])
-    for turn, denominator in zip(turns, denominators, strict=True):
-        sums = _weighted_sums(x, factors[1 - turn], turn, products)
-        torch.addcmul(added, sums, factors[turn], out=denominator)
-        factors[turn] = factors[turn] / denominator
-    rows, columns = factors
-    return x * rows[:, None] * columns[None], x, rows, columns, denominators
+    turns, products = _turns(iterations), torch.empty_like(x)
+    factors = x.new_empty(len(turns), *x.shape[1:])
+    other, inverses = torch.ones_like(x[0]), [torch.ones_like(x[0])] * 2  # of rows, of columns
+    for turn, factor in zip(turns, factors.unbind(), strict=True):
+        inverses[turn] = _weighted_sums(x, other, turn, products).add_(inverses[turn], alpha=eps)
+        other = torch.reciprocal(inverses[turn], out=factor)
+    rows, columns = _last(factors)
+    return x * rows * columns, x, factors
 
 
-def sinkhorn_backward(
-    gradient: Tensor, eps: float, x: Tensor, rows: Tensor, columns: Tensor, denominators: Tensor
-) -> Tensor:
+def sinkhorn_backward(gradient: Tensor, eps: float, x: Tensor, factors: Tensor) -> Tensor:
     """Gradient of the logits [C, C, ...] from that of the matrices and the rest of `sinkhorn`'s results."""
-    factors, products = [rows, columns], torch.empty_like(x)
+    rows, columns = _last(factors)
     gradient = gradient.contiguous()  # it comes from a product with tokens first
-    change = gradient * rows[:, None] * columns[None]
+    change, products = gradient * rows * columns, torch.empty_like(x)
     gradient = gradient * x
-    gradients = [_weighted_sums(gradient, columns, 0, products), _weighted_sums(gradient, rows, 1, products)]
-    turns = _turns((len(denominators) + 1) // 2)
-    for turn, denominator in zip(reversed(turns), denominators.flip(0), strict=True):
-        # new = own / denominator, denominator = own * sums + eps, sums = x weighted by the other factor
-        other, own_gradient = factors[1 - turn], gradients[turn]
-        sums_gradient = factors[turn].square().mul_(own_gradient).neg_()
-        gradients[turn] = denominator.square().reciprocal_().mul_(own_gradient).mul_(eps)
-        factors[turn] = factors[turn] * denominator
-        row, column = (sums_gradient, other) if turn == 0 else (other, sums_gradient)
+    of_rows, own = (gradient * columns).sum(1), (gradient * rows).sum(0)
+    turns, slopes = _turns((len(factors) + 1) // 2), factors.square().neg_().unbind()  # d factor / d (1 / factor)
+    others = [torch.ones_like(x[0]), *factors.unbind()]  # the factor that each turn's sums are weighted with
+    later = [torch.zeros_like(own), torch.zeros_like(own)]  # gradients of 1 / rows, 1 / columns at the turn after
+    for number in reversed(range(len(turns))):
+        turn, other = turns[number], others[number]
+        later[turn] = (own * slopes[number]).add_(later[turn], alpha=eps)
+        row, column = (later[turn], other) if turn == 0 else (other, later[turn])
         change.addcmul_(row[:, None], column[None])
-        gradients[1 - turn] += _weighted_sums(x, sums_gradient, 1 - turn, products)
+        own = _weighted_sums(x, later[turn], 1 - turn, products)
+        if number + 1 == len(turns):
+            own += of_rows
     softmax = x - eps
     return softmax * (change - (change * softmax).sum(1, keepdim=True))
 
@@ -54,6 +53,12 @@ def sinkhorn_backward(
 def _turns(iterations: int) -> list[int]:
     """Which factor each division changes: 1 the columns' (sums over sources), 0 the rows'."""
     return [1, *[0, 1] * (iterations - 1)]
+
+
+def _last(factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of rows and of columns that the matrix has in the end, [C, 1, ...] and [1, C, ...]."""
+    rows = factors[-2] if len(factors) > 1 else torch.ones_like(factors[0])
+    return rows[:, None], factors[-1][None]
 
 
 def _weighted_sums(x: Tensor, weights: Tensor, turn: int, products: Tensor) -> Tensor:

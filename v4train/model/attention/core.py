@@ -37,7 +37,7 @@ from v4train.model.attention.terms import Entries, Gathered, Inputs, InReach, La
 from v4train.model.precision import full, full_precision
 from v4train.model.seams import Heads
 
-GATHER_FROM = 2  # entries in reach, as a multiple of K, from which gathering is the faster way (docs/performance.md)
+GATHER_FROM = 4  # entries in reach, as a multiple of K, from which gathering is the faster way (docs/performance.md)
 GATHERED = 2**21  # elements gathered at a time, at most: what a cache holds
 ALL = Heads()
 MEASURED_ENTRIES = 128  # for each query, of the dense attention that `recall` compares the selection with

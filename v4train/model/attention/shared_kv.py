@@ -17,6 +17,7 @@ from v4train.model.config import LayerAttention, ModelConfig, RopeConfig
 from v4train.model.documents import EntryRange, Shard, lay_out, place
 from v4train.model.linear import GroupedLinear, SharedOutLinear
 from v4train.model.norm import RMSNorm
+from v4train.model.precision import product_dtype
 from v4train.model.recompute import forget
 from v4train.model.rope import rotate, rotate_normalised, rotations
 from v4train.model.seams import Seams
@@ -44,6 +45,7 @@ class SharedKVAttention(nn.Module):
     def forward(self, x: Tensor, document_ids: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Attention of normalised hidden states [B, S, M] within documents [B, S]; returns [B, S, M]."""
         options, heads, sequence = self.options, self.seams.heads, self.seams.sequence
+        x = x.to(product_dtype(x))  # once, and not for each product
         where = place(document_ids, None if cache is None else cache.length, sequence)
         rotation = rotations(where.positions, options.rope_dim, self.rope)
         latent = self.query_norm(self.query_down(x))
@@ -57,7 +59,7 @@ class SharedKVAttention(nn.Module):
         turned = rotate(output, rotation.conj())
         grouped = turned.flatten(-2).unflatten(-1, (-1, options.num_heads // options.o_groups * options.head_dim))
         down = self.output_down(grouped)
-        forget(turned, again=lambda: [rotate(output, rotation.conj())], needed_by=down, inside=self)
+        forget(turned, again=lambda x: x.copy_(rotate(output, rotation.conj())), needed_by=down, inside=self)
         if cache is not None:
             cache.length += x.shape[1]
         return self.output_up(down.flatten(-2))

@@ -1,7 +1,8 @@
 """Routed experts as stacked matrices, multiplied by `grouped_mm` over tokens sorted by expert.
 
 On the CPU several experts at a time, with as many rows as a cache holds: what lies between two products never leaves
-it, so that backward makes it again at little cost. Elsewhere all at once, and the first product is kept.
+it. In fp32 backward makes the first product again there, at little cost; it is kept in bf16, where it takes half the
+memory, and elsewhere.
 
 Shapes: T tokens, K experts per token, R = T K rows sorted by expert, E experts, M hidden, I inner width.
 """
@@ -16,27 +17,43 @@ from torch.nn import functional as F
 from v4train.model.cached import CACHED
 from v4train.model.config import ModelConfig
 from v4train.model.ffn import ACTIVATIONS, Activation
-from v4train.model.precision import full
+from v4train.model.precision import full, product_dtype
 from v4train.model.seams import Seams
+
+# Rows of an expert are a multiple of this in bf16 on the CPU: oneDNN prepares a product for each number of rows that it
+# has not met, which takes longer than a small product itself (torch 2.13).
+PREPARED = 32
 
 
 class Groups(NamedTuple):
-    """Rows sorted by expert, one for each expert of each token."""
+    """Rows sorted by expert, one for each expert of each token, and perhaps rows of no token behind each expert's."""
 
     expert: Tensor  # [R] int64, ascending
-    token: Tensor  # [R] int64, whose row it is
-    order: Tensor  # [R] int64, its place in the flattened [T, K]
+    token: Tensor  # [R] int64, whose row it is; any where it is no one's
+    order: Tensor  # [R] int64, its place in the flattened [T, K]; T K where there is none
     row: Tensor  # [T, K] int64, the inverse
     ends: Tensor  # [E] int32, one past each expert's last row
 
 
-def groups_of(chosen: Tensor, num_experts: int) -> Groups:
-    """Sort the choices [T, K] of all tokens by expert; rows of one expert keep the order of tokens."""
+def groups_of(chosen: Tensor, num_experts: int, multiple: int = 1) -> Groups:
+    """Sort the choices [T, K] of all tokens by expert; rows of one expert keep the order of tokens.
+
+    multiple: of which each expert has a number of rows, filled up with rows of no token.
+    """
     flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    row = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    ends = torch.bincount(flat, minlength=num_experts).cumsum(0).to(torch.int32)
-    return Groups(flat[order], order // chosen.shape[1], order, row.view(chosen.shape), ends)
+    counts = torch.bincount(flat, minlength=num_experts)
+    own = flat.argsort(stable=True)
+    if multiple == 1:
+        expert, order, place = flat[own], own, torch.arange(own.numel(), device=own.device)
+    else:
+        rooms = (counts + multiple - 1) // multiple * multiple
+        expert = torch.arange(num_experts, device=flat.device).repeat_interleave(rooms)
+        filled = (rooms - counts).cumsum(0) - (rooms - counts)  # before each expert's rows
+        place = torch.arange(own.numel(), device=own.device) + filled[flat[own]]
+        order, counts = torch.full_like(expert, own.numel()).scatter_(0, place, own), rooms
+    row = torch.empty_like(own).scatter_(0, own, place).view(chosen.shape)
+    token = (order // chosen.shape[1]).clamp_(max=max(0, chosen.shape[0] - 1))
+    return Groups(expert, token, order, row, counts.cumsum(0).to(torch.int32))
 
 
 class ExpertRange(NamedTuple):
@@ -97,12 +114,6 @@ def sum_of_rows(rows: Tensor, row: Tensor) -> Tensor:
     return F.embedding_bag(row, rows, mode="sum")
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """Of the products: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 class _Experts(torch.autograd.Function):
     """sum_k w[t, k] down_e(activation(gate_up_e x[t] + bias_e)), e the k-th expert of token t: [T, M].
 
@@ -114,35 +125,38 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         x, gate_up, bias, down, weights, groups, activation = arguments
-        dtype = _dtype(x)
+        dtype = product_dtype(x)
         first, second = gate_up.flatten(1, 2).to(dtype), down.to(dtype)
-        row_weights = _weights_of_rows(weights, groups, dtype)
-        result = first.new_empty(groups.token.shape[0], x.shape[1])
+        row_weights, source = _weights_of_rows(weights, groups, dtype), x.to(dtype)
+        result, kept = first.new_empty(groups.token.shape[0], x.shape[1]), []
         for block in ranges_of(groups, x.shape[1]):
-            projected = _first_product(_rows(x, groups, block, dtype), first, bias, groups, block)
+            projected = _first_product(_rows(source, groups, block), first, bias, groups, block)
+            if x.device.type != "cpu" or dtype == torch.bfloat16:
+                kept.append(projected)
             hidden = activation.needed(projected)(projected).mul_(row_weights[block.rows])
             result[block.rows] = grouped_product(hidden, second[block.experts], block.ends)
-        ctx.save_for_backward(x, gate_up, bias, down, weights, None if x.device.type == "cpu" else projected, *groups)
+        ctx.save_for_backward(x, gate_up, bias, down, weights, *groups, *kept)
         ctx.activation, ctx.dtype = activation, dtype
         return sum_of_rows(result, groups.row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        x, gate_up, bias, down, weights, kept, *groups = ctx.saved_tensors
-        groups, dtype = Groups(*groups), ctx.dtype
+        x, gate_up, bias, down, weights, *saved = ctx.saved_tensors
+        fields = len(Groups._fields)
+        groups, kept, dtype = Groups(*saved[:fields]), saved[fields:], ctx.dtype
         first, second, gradient = gate_up.flatten(1, 2).to(dtype), down.to(dtype), gradient.to(dtype)
-        row_weights = _weights_of_rows(weights, groups, dtype)
+        row_weights, sources = _weights_of_rows(weights, groups, dtype), (x.to(dtype), gradient)
         x_gradient, weights_gradient = (
             first.new_empty(len(row_weights), x.shape[1]),
             weights.new_empty(len(row_weights)),
         )
         gate_up_gradient, down_gradient = torch.empty_like(gate_up), torch.empty_like(down)
         bias_gradient = None if bias is None else torch.zeros_like(bias)
-        for block in ranges_of(groups, x.shape[1]):
+        for number, block in enumerate(ranges_of(groups, x.shape[1])):
             here, experts, ends = block
-            rows, rows_gradient = (_rows(source, groups, block, dtype) for source in (x, gradient))
-            projected = _first_product(rows, first, bias, groups, block) if kept is None else kept
+            rows, rows_gradient = (_rows(source, groups, block) for source in sources)
+            projected = _first_product(rows, first, bias, groups, block) if not kept else kept[number]
             activation = ctx.activation.needed(projected)
             hidden, change = activation(projected), grouped_product(rows_gradient, second[experts].mT, ends)
             weights_gradient[here] = torch.linalg.vecdot(change, hidden)
@@ -157,9 +171,9 @@ class _Experts(torch.autograd.Function):
         return x_gradient, gate_up_gradient, bias_gradient, down_gradient, weights_gradient, None, None
 
 
-def _rows(x: Tensor, groups: Groups, block: ExpertRange, dtype: torch.dtype) -> Tensor:
+def _rows(x: Tensor, groups: Groups, block: ExpertRange) -> Tensor:
     """The rows of a block, from those of tokens [T, M]."""
-    return x.index_select(0, groups.token[block.rows]).to(dtype)
+    return x.index_select(0, groups.token[block.rows])
 
 
 def _first_product(rows: Tensor, gate_up: Tensor, bias: Tensor | None, groups: Groups, block: ExpertRange) -> Tensor:
@@ -168,7 +182,8 @@ def _first_product(rows: Tensor, gate_up: Tensor, bias: Tensor | None, groups: G
 
 
 def _weights_of_rows(weights: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
-    return weights.flatten().index_select(0, groups.order).to(dtype)[:, None]
+    """[R, 1]; 0 for a row of no token, which therefore changes no gradient."""
+    return F.pad(weights.flatten(), (0, 1)).index_select(0, groups.order).to(dtype)[:, None]
 
 
 class Experts(nn.Module):
@@ -189,7 +204,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """sum_k weights[t, k] * E_chosen[t, k](x[t]): [T, M], [T, K] int64, [T, K] -> [T, M]."""
-        groups = groups_of(chosen, self.down.shape[0])
+        prepares = x.device.type == "cpu" and product_dtype(x) == torch.bfloat16
+        groups = groups_of(chosen, self.down.shape[0], multiple=PREPARED if prepares else 1)
         parameters = (self.gate_up, self.gate_up_bias, self.down)
         output = _Experts.apply(x, *parameters, weights, groups, self.activation)
         if self.down_bias is not None:

@@ -1,0 +1,225 @@
+"""What the ranks of a layout send each other in a training step, in closed form.
+
+Counted in bytes that all ranks together hand to the network, with the algorithms that send least: of n numbers, g
+ranks send 2 n (g - 1) to sum them everywhere, n (g - 1) to gather or scatter them (n being the whole), and an exchange
+or a message what leaves a rank. Not counted: scalars, loads of experts, counts of targets.
+
+    tensor     in forward sums of what each share gives, in backward of the gradients of what all shares read;
+               index scores and the indexer's teacher in both
+    context    tokens before a shard, gathered keys or entries, documents; the gradients of all but these back
+    expert     rows there and back, and their gradients; on average, as if all experts had the same load
+    pipeline   streams, with token ids, documents and targets, and the gradient of the streams back
+    gradients  of parameters, summed over the ranks that have them; ZeRO's shards gathered
+
+Symbols: B rows of a micro-batch, S tokens of a row on a rank, M hidden, C streams, V vocabulary, D head width.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from v4train.model.config import INDEXED_KINDS, LayerAttention, ModelConfig
+
+BYTES = 4  # of a number that is sent: fp32
+ID_BYTES = 8  # of a token id
+BUCKET = 128  # entries that the recall of a selection is measured with, for each query
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sizes of a layout, and what it does in a step.
+
+    rows: of a micro-batch, on each of the `data` ranks; accumulation: micro-batches; sequence_length: of whole rows.
+    """
+
+    sequence_length: int
+    rows: int = 1
+    accumulation: int = 1
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
+    recompute: str = "none"
+
+    @property
+    def length(self) -> int:
+        """S: tokens of a row on a rank."""
+        return self.sequence_length // self.context
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on a rank."""
+        return self.rows * self.length
+
+
+class Sent(NamedTuple):
+    """Numbers that one group of ranks sends in the forward and in the backward pass of a micro-batch."""
+
+    forward: float = 0
+    backward: float = 0
+
+    def __add__(self, other: "Sent") -> "Sent":
+        return Sent(self.forward + other.forward, self.backward + other.backward)
+
+    def again(self, recomputed: bool) -> float:
+        """In both, with the forward pass done once more where it is recomputed."""
+        return self.forward * (2 if recomputed else 1) + self.backward
+
+
+def activation_bytes(config: ModelConfig, work: Work) -> dict[str, float]:
+    """Bytes sent in a step by all ranks, along `tensor`, `context`, `expert` and `pipeline`, of sparse training."""
+    total: Counter[str] = Counter()
+    for part in _parts(config, work):
+        total.update(part)
+    steps = work.accumulation * BYTES
+    groups = {
+        "tensor": work.data * work.context,
+        "context": work.data * work.tensor,
+        "expert": work.data * work.context // work.expert * work.tensor,
+        "pipeline": work.data * work.context * work.tensor,
+    }
+    found = {axis: steps * groups[axis] * total[axis] for axis in groups}
+    # Every stage learns the documents of whole rows, MTP's too.
+    documents = work.pipeline + config.mtp.num_layers
+    ids = work.tokens * (work.context - 1) * work.context * documents
+    found["context"] += work.accumulation * groups["context"] * ID_BYTES * ids
+    return found
+
+
+def gradient_bytes(parameters: int, replicas: int, zero_stage: int) -> float:
+    """Bytes that `replicas` ranks send in a step for parameters that each of them has (ZeRO 3: that are theirs).
+
+    Stages 0 to 2 sum gradients everywhere, DeepSpeed's way to do so, and 1 and 2 gather what each rank has updated.
+    """
+    gathered = parameters * (replicas - 1) * BYTES
+    return {0: 2, 1: 3, 2: 3}[zero_stage] * gathered
+
+
+def _parts(config: ModelConfig, work: Work) -> Iterator[dict[str, float]]:
+    """Numbers that one group of each axis sends in a micro-batch, for every part of the model."""
+    tokens, hidden = work.tokens, config.hidden_size
+    blocks = [*zip(config.layers, config.ffn_kinds, strict=True)]
+    blocks += [(config.mtp_layer, config.mtp_ffn)] * config.mtp.num_layers
+    looked_up = 1 + config.mtp.num_layers
+    yield {"tensor": looked_up * _summed(tokens * hidden, work.tensor)}
+    # The head: what it reads, in backward; log-sum-exp and logit of the target
+    yield {"tensor": looked_up * (_summed(tokens * (hidden + 1), work.tensor) + tokens * _others(work.tensor))}
+    for index, (layer, ffn) in enumerate(blocks):
+        hashed = index < config.moe.num_hash_layers
+        attention, rest = _attention(config, layer, work), _ffn(config, ffn, hashed, work)
+        whole = work.recompute == "block"
+        for axis in ("tensor", "context", "expert"):
+            sent = attention.get(axis, Sent()).again(whole or work.recompute == "attention")
+            yield {axis: sent + rest.get(axis, Sent()).again(whole)}
+    ids = 3 * tokens * ID_BYTES / BYTES
+    yield {"pipeline": (work.pipeline - 1) * (2 * tokens * config.num_streams * hidden + ids)}
+
+
+def _summed(numbers: float, ranks: int) -> float:
+    return 2 * numbers * (ranks - 1)
+
+
+def _others(ranks: int) -> int:
+    """How many ranks in all a number of each of `ranks` goes to."""
+    return ranks * (ranks - 1)
+
+
+def _ffn(config: ModelConfig, kind: str, hashed: bool, work: Work) -> dict[str, Sent]:
+    tokens, hidden, moe = work.tokens, config.hidden_size, config.moe
+    result = _summed(tokens * hidden, work.tensor)
+    if kind == "dense":
+        return {"tensor": Sent(result, result)}
+    weights = _summed(tokens * moe.top_k, work.tensor)
+    rows = work.expert * tokens * moe.top_k * (work.expert - 1) / work.expert
+    there_and_back = rows * (2 * hidden + 1)  # with the expert's weight
+    sent = {"tensor": Sent(result, result + weights), "expert": Sent(there_and_back, there_and_back)}
+    if not hashed:  # balance of whole rows: chosen and affinity of every expert
+        share = _summed(work.rows * moe.num_experts, work.context)
+        sent["context"] = Sent(2 * share, share)
+    return sent
+
+
+def _attention(config: ModelConfig, layer: LayerAttention, work: Work) -> dict[str, Sent]:
+    options, kind, tokens = layer.options, layer.kind, work.tokens
+    result = _summed(tokens * config.hidden_size, work.tensor)
+    if kind in ("mha", "mqa", "gqa"):
+        width = 2 * layer.num_kv_heads * options.head_dim
+        reach = None if options.window is None or options.global_tokens else (options.window - 1) * options.dilation
+        context = _before(work, reach, width)
+        read = tokens * config.hidden_size
+        if layer.num_kv_heads % work.tensor:  # all shares have all keys and values
+            read += tokens * width
+        return {"tensor": Sent(result, _summed(read, work.tensor)), "context": context}
+    if kind in ("mla", "dsa"):
+        width = options.kv_lora_rank + options.rope_dim
+        reach = None if kind == "dsa" or options.window is None or options.global_tokens else options.window - 1
+        seen = _with_tokens_before(work, reach)
+        read = _summed(tokens * options.q_lora_rank + seen * width, work.tensor)
+        sent = {"tensor": Sent(result, read), "context": _before(work, reach, width)}
+        if kind == "dsa":
+            indexer = config.attention.dsa
+            sent["context"] += _before(work, None, indexer.head_dim)
+            sent["tensor"] += _indexer(config, layer, work, work.sequence_length, indexer.head_dim)
+        return sent
+    seen = _with_tokens_before(work, options.window - 1)
+    read = tokens * options.q_lora_rank + seen * options.head_dim
+    sent = {"context": _before(work, options.window - 1, options.head_dim)}
+    if kind != "swa":
+        overlaps = kind == "csa"
+        ratio = options.csa_compression if overlaps else options.hca_compression
+        entries = work.sequence_length // ratio
+        before, parts = (2 * ratio - 1, 2) if overlaps else (ratio - 1, 1)
+        widths = options.head_dim + (options.indexer.head_dim if overlaps else 0)
+        sent["context"] += _before(work, before, 2 * parts * widths)
+        sent["context"] += _gathered(work, work.rows * -(-work.length // ratio) * widths)
+        read += work.rows * entries * options.head_dim
+    sent["tensor"] = Sent(result, _summed(read, work.tensor))
+    if kind == "csa":
+        sent["tensor"] += _indexer(config, layer, work, entries, options.indexer.head_dim)
+    return sent
+
+
+def _indexer(config: ModelConfig, layer: LayerAttention, work: Work, entries: int, key_width: int) -> Sent:
+    """Scores and teacher, of a document as long as the row.
+
+    Forward: scores of all entries in reach, to select; scores and teacher of the selected ones, for the loss, and of
+    all in reach for some queries, for the recall. Backward: scores and teacher of the selected ones; keys' gradient.
+    """
+    assert layer.kind in INDEXED_KINDS
+    top_k = (config.attention.indexer if layer.kind == "csa" else config.attention.dsa).top_k
+    ratio = work.sequence_length / entries
+    visible = [min((query + 1) / ratio, entries) for query in range(work.sequence_length)]
+    reached = work.rows * sum(visible) / work.context
+    selecting = work.rows * sum(count for count in visible if count > top_k) / work.context
+    selected = work.rows * sum(min(count, top_k) for count in visible) / work.context
+    recall = selecting / -(-entries // BUCKET)
+    del reached
+    return Sent(
+        _summed(selecting + 2 * selected + recall, work.tensor),
+        _summed(2 * selected + work.rows * entries * key_width, work.tensor),
+    )
+
+
+def _with_tokens_before(work: Work, reach: int | None) -> float:
+    """Tokens of a micro-batch on a rank, on average, with those that other ranks have and that it needs."""
+    before = [index * work.length for index in range(work.context)]
+    before = before if reach is None else [min(tokens, reach) for tokens in before]
+    return work.rows * (work.length + sum(before) / work.context)
+
+
+def _before(work: Work, count: int | None, width: int) -> Sent:
+    """Tokens of earlier shards: from the rank before, or gathered where that has too few of them."""
+    if count == 0 or work.context == 1:
+        return Sent()
+    if count is None or count > work.length:
+        return _gathered(work, work.tokens * width)
+    sent = work.rows * count * width * (work.context - 1)
+    return Sent(sent, sent)
+
+
+def _gathered(work: Work, own: float) -> Sent:
+    """What every rank has `own` numbers of, on all of them; its gradient, summed, on the one that has it."""
+    sent = own * _others(work.context)
+    return Sent(sent, sent)
