@@ -9,7 +9,9 @@ or a message what leaves a rank. Not counted: scalars, loads of experts, counts 
     context    tokens before a shard, gathered keys or entries, documents; the gradients of all but these back
     expert     rows there and back, and their gradients; on average, as if all experts had the same load
     pipeline   streams, with token ids, documents and targets, and the gradient of the streams back
-    gradients  of parameters, summed over the ranks that have them; ZeRO's shards gathered
+    gradients  of parameters, summed over the ranks that have them; what ZeRO gathers
+
+`v4train.parallel.traffic` counts the same in a run.
 
 Symbols: B rows of a micro-batch, S tokens of a row on a rank, M hidden, C streams, V vocabulary, D head width.
 """
@@ -19,11 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from v4train.model.config import INDEXED_KINDS, LayerAttention, ModelConfig
+from v4train.model.config import LayerAttention, ModelConfig
 
 BYTES = 4  # of a number that is sent: fp32
 ID_BYTES = 8  # of a token id
-BUCKET = 128  # entries that the recall of a selection is measured with, for each query
+RECALLED = 128  # entries, on average for each query, that the recall of a selection is measured with
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,12 @@ class Work:
     sequence_length: int
     rows: int = 1
     accumulation: int = 1
+    recompute: str = "none"
     pipeline: int = 1
     data: int = 1
     context: int = 1
     tensor: int = 1
     expert: int = 1
-    recompute: str = "none"
 
     @property
     def length(self) -> int:
@@ -69,32 +71,41 @@ class Sent(NamedTuple):
 
 
 def activation_bytes(config: ModelConfig, work: Work) -> dict[str, float]:
-    """Bytes sent in a step by all ranks, along `tensor`, `context`, `expert` and `pipeline`, of sparse training."""
+    """Bytes that all ranks send in a step along `tensor`, `context`, `expert` and `pipeline`, in sparse training."""
     total: Counter[str] = Counter()
     for part in _parts(config, work):
         total.update(part)
-    steps = work.accumulation * BYTES
     groups = {
         "tensor": work.data * work.context,
         "context": work.data * work.tensor,
         "expert": work.data * work.context // work.expert * work.tensor,
         "pipeline": work.data * work.context * work.tensor,
     }
-    found = {axis: steps * groups[axis] * total[axis] for axis in groups}
-    # Every stage learns the documents of whole rows, MTP's too.
-    documents = work.pipeline + config.mtp.num_layers
-    ids = work.tokens * (work.context - 1) * work.context * documents
-    found["context"] += work.accumulation * groups["context"] * ID_BYTES * ids
-    return found
+    sent = {axis: work.accumulation * BYTES * groups[axis] * total[axis] for axis in groups}
+    # Documents of whole rows are known to every stage, MTP's to the last
+    documents = work.tokens * (work.pipeline + config.mtp.num_layers) * _others(work.context)
+    sent["context"] += work.accumulation * ID_BYTES * groups["context"] * documents
+    if config.mtp.num_layers and work.pipeline > 1:  # once a step the embedding's gradients are summed, and it is sent
+        embedding = config.vocab_size * config.hidden_size // work.tensor
+        sent["pipeline"] += BYTES * groups["pipeline"] * 3 * embedding
+    return sent
 
 
 def gradient_bytes(parameters: int, replicas: int, zero_stage: int) -> float:
-    """Bytes that `replicas` ranks send in a step for parameters that each of them has (ZeRO 3: that are theirs).
+    """Bytes that `replicas` ranks send in a step for parameters that each of them trains, by DeepSpeed's ways.
 
-    Stages 0 to 2 sum gradients everywhere, DeepSpeed's way to do so, and 1 and 2 gather what each rank has updated.
+    Stages 0 to 2 sum gradients everywhere, and 1 and 2 gather what each rank has updated. Stage 3 sums each gradient
+    where it belongs, and gathers parameters for forward and backward: at most, since it keeps some in between.
     """
-    gathered = parameters * (replicas - 1) * BYTES
-    return {0: 2, 1: 3, 2: 3}[zero_stage] * gathered
+    return {0: 2, 1: 3, 2: 3, 3: 3}[zero_stage] * parameters * (replicas - 1) * BYTES
+
+
+def muon_bytes(parameters: int, shares: int, replicas: int, zero_stage: int) -> float:
+    """Bytes sent in a step to orthogonalise cut matrices of so many elements whole: each of `shares` ranks gets all.
+
+    In stage 0 each of `replicas` ranks does so, in the others one of them.
+    """
+    return parameters * (shares - 1) * BYTES * (1 if zero_stage else replicas)
 
 
 def _parts(config: ModelConfig, work: Work) -> Iterator[dict[str, float]]:
@@ -161,7 +172,7 @@ def _attention(config: ModelConfig, layer: LayerAttention, work: Work) -> dict[s
         if kind == "dsa":
             indexer = config.attention.dsa
             sent["context"] += _before(work, None, indexer.head_dim)
-            sent["tensor"] += _indexer(config, layer, work, work.sequence_length, indexer.head_dim)
+            sent["tensor"] += _indexer(config, layer, work, 1, indexer.head_dim)
         return sent
     seen = _with_tokens_before(work, options.window - 1)
     read = tokens * options.q_lora_rank + seen * options.head_dim
@@ -177,28 +188,30 @@ def _attention(config: ModelConfig, layer: LayerAttention, work: Work) -> dict[s
         read += work.rows * entries * options.head_dim
     sent["tensor"] = Sent(result, _summed(read, work.tensor))
     if kind == "csa":
-        sent["tensor"] += _indexer(config, layer, work, entries, options.indexer.head_dim)
+        sent["tensor"] += _indexer(config, layer, work, ratio, options.indexer.head_dim)
     return sent
 
 
-def _indexer(config: ModelConfig, layer: LayerAttention, work: Work, entries: int, key_width: int) -> Sent:
-    """Scores and teacher, of a document as long as the row.
+def _indexer(config: ModelConfig, layer: LayerAttention, work: Work, ratio: int, key_width: int) -> Sent:
+    """Scores and teacher, of a document as long as the row; an entry every `ratio` tokens.
 
-    Forward: scores of all entries in reach, to select; scores and teacher of the selected ones, for the loss, and of
-    all in reach for some queries, for the recall. Backward: scores and teacher of the selected ones; keys' gradient.
+    Forward: scores of all entries that a chunk of queries reaches, to select; scores and teacher of the selected ones,
+    for the loss; the teacher of all in reach for some queries, for the recall. Backward: scores and teacher of the
+    selected ones once more, and the gradient of the keys.
     """
-    assert layer.kind in INDEXED_KINDS
     top_k = (config.attention.indexer if layer.kind == "csa" else config.attention.dsa).top_k
-    ratio = work.sequence_length / entries
-    visible = [min((query + 1) / ratio, entries) for query in range(work.sequence_length)]
-    reached = work.rows * sum(visible) / work.context
-    selecting = work.rows * sum(count for count in visible if count > top_k) / work.context
-    selected = work.rows * sum(min(count, top_k) for count in visible) / work.context
-    recall = selecting / -(-entries // BUCKET)
-    del reached
+    entries, chunk = work.sequence_length // ratio, config.attention.query_chunk
+    step = -(-entries // RECALLED)
+    forward = selected = 0.0
+    for begin in range(0, work.sequence_length, chunk):
+        stop = min(begin + chunk, work.sequence_length)
+        queries, reach = stop - begin, stop // ratio
+        selected += queries * min(reach, top_k)
+        forward += queries * reach * (1 + 1 / step) if reach > top_k else 0
+    rows = work.rows / work.context
     return Sent(
-        _summed(selecting + 2 * selected + recall, work.tensor),
-        _summed(2 * selected + work.rows * entries * key_width, work.tensor),
+        _summed(rows * (forward + 2 * selected), work.tensor),
+        _summed(rows * 2 * selected + work.rows * entries * key_width, work.tensor),
     )
 
 
