@@ -6,7 +6,8 @@
 Anything that is not an option is an override of conf/. The cases take turns, each in processes of its own: a plain
 PyTorch loop and the engine in each ZeRO stage, on one rank with all threads; and `--ranks` ranks, with an equal share
 of threads and of the batch. A step is forward, backward, clipping and AdamW. `cost` is a stage's time over the plain
-loop's, less one; `efficiency` the speed of the ranks over that of one process in the same stage.
+loop's, less one; `efficiency` the speed of the ranks over that of one process in the same stage. Both are medians over
+the turns of ratios within a turn, because a machine's speed drifts.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -48,19 +48,33 @@ def main(arguments: list[str]) -> int:
         return 2
     cases = [("plain", 1, "zero0"), *((f"zero{stage}", 1, f"zero{stage}") for stage in options.stages)]
     cases += [(f"zero{stage}", options.ranks, f"zero{stage}") for stage in options.stages]
-    seconds: dict[str, list[float]] = {}
+    turns: list[dict[str, float]] = []
     for _ in range(options.turns):
+        turn = {}
         for what, ranks, preset in cases:
             print(f"{what}, {ranks} rank(s)", file=sys.stderr, flush=True)
-            found = start(what, ranks, options.rounds, [*common, f"parallelism={preset}"])
-            seconds.setdefault(f"{what}_{ranks}", []).extend(found)
-    middle = {name: round(statistics.median(of), 4) for name, of in seconds.items()}
-    result: dict[str, Any] = {"shape": options.shape, "threads": torch.get_num_threads(), "seconds": middle}
-    result["cost"] = {f"zero{s}": round(middle[f"zero{s}_1"] / middle["plain_1"] - 1, 3) for s in options.stages}
-    key = f"zero{{0}}_{options.ranks}"
-    result["efficiency"] = {f"zero{s}": round(middle[f"zero{s}_1"] / middle[key.format(s)], 3) for s in options.stages}
+            seconds = start(what, ranks, options.rounds, [*common, f"parallelism={preset}"])
+            turn[f"{what}_{ranks}"] = statistics.median(seconds)
+        turns.append(turn)
+    figures = compared(turns, options.stages, options.ranks)
+    result = {"shape": options.shape, "threads": torch.get_num_threads(), **figures}
     print(json.dumps(result, indent=1))
     return 0
+
+
+def compared(turns: list[dict[str, float]], stages: list[int], ranks: int) -> dict[str, dict[str, float]]:
+    """Seconds of a step by case, and the two ratios by stage: each the median over the turns of a ratio within one."""
+
+    def median(of: Callable[[dict[str, float]], float], digits: int = 3) -> float:
+        return round(statistics.median(map(of, turns)), digits)
+
+    return {
+        "seconds": {case: median(lambda turn, case=case: turn[case], 4) for case in turns[0]},
+        "cost": {f"zero{s}": median(lambda turn, s=s: turn[f"zero{s}_1"] / turn["plain_1"] - 1) for s in stages},
+        "efficiency": {
+            f"zero{s}": median(lambda turn, s=s: turn[f"zero{s}_1"] / turn[f"zero{s}_{ranks}"]) for s in stages
+        },
+    }
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,8 +85,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--stages", nargs="+", default=[0, 1], type=int, choices=range(4), help="of ZeRO")
     parser.add_argument("--ranks", default=2, type=int, help="ranks that share threads and batch")
     parser.add_argument("--shape", default="4x512", help="rows x tokens of a step, over all ranks")
-    parser.add_argument("--rounds", default=5, type=int, help="steps of a turn that count")
-    parser.add_argument("--turns", default=3, type=int, help="how often the cases take turns; the median counts")
+    parser.add_argument("--rounds", default=3, type=int, help="steps of a turn that count, by their median")
+    parser.add_argument("--turns", default=5, type=int, help="how often the cases take turns")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser
 
