@@ -39,8 +39,9 @@ TINY = [
     "device=cpu",
 ]
 
-# The kinds that the mix above lacks, V3's and gpt-oss's routers, dense layers, hyper-connections
+# The kinds that the mix above lacks, V3's and gpt-oss's routers, dense layers, hyper-connections, a tied embedding
 MIXED = [
+    "model.tie_embedding=true",
     "model.attention_mix='gqa:window=9:dilation=2:global_tokens=2:sink=true mla dsa'",
     "model.attention.gqa.bias=true",
     "model.attention.gqa.qk_norm=true",

@@ -9,7 +9,12 @@ from tests.runs import tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(150)]
 
-KINDS = ["model.attention_mix=[csa,gqa,mla]", "model.ffn_mix='dense moe'", "model.moe.num_hash_layers=0"]
+KINDS = [
+    "model.attention_mix=[csa,gqa,mla]",
+    "model.ffn_mix='dense moe'",
+    "model.moe.num_hash_layers=0",
+    "model.tie_embedding=true",
+]
 LAYOUTS = {
     "tensor": (2, ["parallelism=tensor", "optimizer=muon"]),
     "context": (2, ["parallelism=context", "train.micro_batch_size=2"]),

@@ -1,12 +1,13 @@
 """Model descriptions: patterns of attention kinds, and every rule that refuses a value."""
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from tests.models import tiny_config
 from v4train.config import load
 from v4train.errors import ConfigError
-from v4train.model import model_config
+from v4train.model import build_model, model_config
 from v4train.model.config import expand_mix
 
 
@@ -253,3 +254,15 @@ def test_any_mix_is_one_override():
 def test_streams_of_a_plain_residual():
     assert tiny_config().num_streams == 4
     assert tiny_config(residual__kind="plain").num_streams == 1
+
+
+def test_a_tied_embedding_is_one_parameter_with_both_gradients():
+    tied, untied = (build_model(tiny_config(tie_embedding=tie, mtp__num_layers=0)) for tie in (True, False))
+    names = {name for name, _ in untied.named_parameters()} - {name for name, _ in tied.named_parameters()}
+    assert names == {"head.lm_head.weight"}
+    untied.load_state_dict(tied.state_dict())
+    tokens = torch.arange(24).view(2, 12)
+    for model in (tied, untied):
+        model.eval()(tokens, targets=tokens.roll(-1, 1)).loss.backward()
+    expected = untied.embedding.lookup.weight.grad + untied.head.lm_head.weight.grad
+    torch.testing.assert_close(tied.embedding.lookup.weight.grad, expected)

@@ -85,7 +85,8 @@ def activation_bytes(config: ModelConfig, work: Work) -> dict[str, float]:
     # Documents of whole rows are known to every stage, MTP's to the last
     documents = work.tokens * (work.pipeline + config.mtp.num_layers) * _others(work.context)
     sent["context"] += work.accumulation * ID_BYTES * groups["context"] * documents
-    if config.mtp.num_layers and work.pipeline > 1:  # once a step the embedding's gradients are summed, and it is sent
+    shared = config.mtp.num_layers or config.tie_embedding
+    if shared and work.pipeline > 1:  # once a step the embedding's gradients are summed, and it is sent
         embedding = config.vocab_size * config.hidden_size // work.tensor
         sent["pipeline"] += BYTES * groups["pipeline"] * 3 * embedding
     return sent

@@ -148,7 +148,7 @@ def common_settings(config: ModelConfig, rope: RopeConfig) -> dict[str, Any]:
         rms_norm_eps=config.norm_eps,
         initializer_range=config.init.std,
         max_position_embeddings=int(rope.factor * rope.original_length),
-        tie_word_embeddings=False,
+        tie_word_embeddings=config.tie_embedding,
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -163,6 +163,7 @@ def describe_common(config: PreTrainedConfig, preset: ModelConfig, **more: Any) 
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         norm_eps=config.rms_norm_eps,
+        tie_embedding=config.tie_word_embeddings,
         mtp=replace(preset.mtp, num_layers=0),
         init=replace(preset.init, std=config.initializer_range),
         **more,

@@ -173,6 +173,7 @@ class ModelConfig:
 
     `attention_mix` is a list of kinds or a pattern such as `"swa*2 (csa hca)*20 csa"`; a kind may carry options of its
     layer: `"(gqa:window=128 gqa)*18"`. `ffn_mix` is the same for `dense` and `moe`; its last kind fills what is left.
+    `tie_embedding`: the output matrix is the embedding (arXiv 1608.05859).
     """
 
     name: str
@@ -188,6 +189,7 @@ class ModelConfig:
     residual: ResidualConfig
     mtp: MTPConfig
     init: InitConfig
+    tie_embedding: bool = False
 
     @property
     def layers(self) -> list[LayerAttention]:

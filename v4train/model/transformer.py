@@ -55,6 +55,12 @@ class Transformer(nn.Module):
         )
         self.head = Head(config, self.losses)
         self.mtp = MTP(config, self.losses, self.embedding, self.head) if config.mtp.num_layers else None
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the output matrix the embedding if the configuration says so: to be called where that was replaced."""
+        if self.config.tie_embedding:
+            self.head.lm_head.weight = self.embedding.lookup.weight
 
     def parts(self) -> list[nn.Module]:
         """The flat list that training runs through, in order."""

@@ -88,6 +88,7 @@ class Layout:
             for cut in cuts:
                 whole = cut.of(whole)
             _put(model, name, torch.empty(whole.shape, device="meta"))
+        model.tie()
         self._seams = self._make_seams()
         put_seams(model, self._seams)
         self.stages = Stages(model, topology, sequence_length) if topology.sizes.pipeline > 1 else None
@@ -101,6 +102,7 @@ class Layout:
         """Give this rank's tensors their values, one whole tensor at a time."""
         for name in [*self.names, *self._buffers]:
             _put(model, name, self.initial(name).to(self.topology.device))
+        model.tie()
         if self.stages is not None and self.stages.copies_embedding:
             for parameter in model.embedding.parameters():
                 setattr(parameter, COPIED, True)

@@ -2,7 +2,8 @@
 they hand on (streams, token ids, document ids, targets) goes from stage to stage, one micro-batch after another (1F1B).
 
 Losses that arise in the middle need no sending: they are attached where they arise (DESIGN 5). The embedding is on the
-first stage and, for MTP, on the last: the first trains it with the sum of both gradients, the last gets a copy.
+first stage and, for MTP or a tied output matrix, on the last: the first trains it with the sum of both gradients, the
+last gets a copy.
 
 Shapes: B batch, S sequence, C streams, M hidden, V vocabulary.
 """
@@ -144,7 +145,7 @@ class _Objective(nn.Module):
     def __init__(self, stages: Stages, losses: Losses, mtp_weight: float) -> None:
         super().__init__()
         self.parts, self.losses, self.mtp_weight = nn.ModuleList(stages.units[-1]), losses, mtp_weight
-        self.embedding = stages.shared_embedding  # MTP's, for DeepSpeed to know
+        self.embedding = stages.shared_embedding  # MTP's or the output matrix, for DeepSpeed to know
 
     def forward(self, state: State) -> Tensor:
         for part in self.parts:

@@ -16,7 +16,7 @@ class Stages:
     Attributes:
         bounds: first part of each stage, and one past the last.
         parts: this stage's.
-        here: modules whose parameters this stage has: its parts, and the embedding where MTP needs it.
+        here: modules whose parameters this stage has: its parts, and the embedding where MTP or the head needs it.
         shared_embedding: the embedding, on the two stages that both have it.
     """
 
@@ -33,7 +33,7 @@ class Stages:
         ]
         self.here: list[nn.Module] = list(self.parts)
         self.shared_embedding: Embedding | None = None
-        if model.mtp is not None and (self.first or self.last):
+        if (model.mtp is not None or model.config.tie_embedding) and (self.first or self.last):
             self.shared_embedding = model.embedding
             self.here += [model.embedding] if self.last else []
 

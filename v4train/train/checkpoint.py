@@ -174,7 +174,11 @@ def load_model(path: Path) -> Transformer:
     config = reader.manifest["state"]["config"]
     with torch.device("meta"):
         model = build_model(OmegaConf.create(config["model"]))
-    model.load_state_dict(reader.weights() | reader.buffers(), assign=True)
+    weights = reader.weights()
+    if model.config.tie_embedding:  # one parameter, by its first name
+        weights["head.lm_head.weight"] = weights["embedding.lookup.weight"]
+    model.load_state_dict(weights | reader.buffers(), assign=True)
+    model.tie()
     model.attention_mode = config["train"].get("attention_mode", "sparse")  # absent: older than the key
     return model.eval()
 
