@@ -54,3 +54,7 @@ if __name__ == "__main__":
         refuse(explain(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from v4train.parallel.topology import leave
+
+        leave()

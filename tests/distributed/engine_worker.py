@@ -287,7 +287,7 @@ def main() -> None:
     folder = Path(spec["folder"])
     torch.set_num_threads(1)
 
-    from v4train.parallel.topology import ParallelismConfig, make_topology, start_distributed, stop_distributed
+    from v4train.parallel.topology import ParallelismConfig, leave, make_topology, start_distributed, stop_distributed
 
     topology = make_topology(ParallelismConfig(None, 1, 1, 1, 1, 1, {}))
     start_distributed(topology)
@@ -295,6 +295,7 @@ def main() -> None:
     torch.save(results, folder / f"rank_{topology.rank}.pt")
     finished(folder)
     stop_distributed()
+    leave()
 
 
 if __name__ == "__main__":

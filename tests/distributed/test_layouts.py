@@ -1,13 +1,14 @@
 """Tensor, context, pipeline and expert parallelism train as one process does: losses, norms and weights (DESIGN 7)."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed.launch import launch
-from tests.runs import MIXED, STEPS, losses, tiny
+from tests.runs import MIXED, STEPS, checkpoint_digests, losses, tiny
 from v4train.config import load
 from v4train.model import build_model
 from v4train.optim.param_groups import is_muon_parameter
@@ -146,6 +147,18 @@ def test_a_checkpoint_says_its_layout_and_fits_another(base, name):
     assert manifest["state"]["layout"]["pipeline"] == 2
     train(base, 1, {run: ["optimizer=muon", "parallelism=zero1"]})
     assert losses(base, run) == pytest.approx(losses(base, "reference_muon"), abs=LOSS["muon"], rel=0)
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_was_interrupted_ends_bitwise_as_one_that_was_not(layout):
+    base, name = layout
+    ranks, overrides = (2, TWO[name]) if name in TWO else (4, FOUR[name])
+    run = [f"{name}_cut", ["optimizer=muon", *overrides, "train.micro_batch_size=1"]]
+    train(base, ranks, {run[0]: [*run[1], "train.stop_at_step=5"]})
+    shutil.rmtree(base / f"launch_{ranks}_{run[0]}")
+    train(base, ranks, dict([run]))
+    assert losses(base, run[0]) == losses(base, f"{name}_muon")
+    assert checkpoint_digests(base, run[0], STEPS) == checkpoint_digests(base, f"{name}_muon", STEPS)
 
 
 INDEXED = "model.attention_mix=[swa,csa,dsa]"

@@ -19,7 +19,7 @@ from v4train.parallel.engine import Engine
 from v4train.parallel.groups import process_groups
 from v4train.parallel.layout import Layout
 from v4train.parallel.pipeline import PipelineEngine
-from v4train.parallel.topology import start_distributed, stop_distributed
+from v4train.parallel.topology import leave, start_distributed, stop_distributed
 from v4train.parallel.traffic import Traffic
 
 
@@ -51,6 +51,7 @@ def main(overrides: Path, folder: Path) -> None:
         (folder / "traffic.json").write_text(json.dumps(both))
     finished(folder)
     stop_distributed()
+    leave()
 
 
 def batch_of(made: Settings, number: int) -> Batch:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.distributed.launch import finished
 from v4train.config import load, settings
-from v4train.parallel.topology import start_distributed, stop_distributed
+from v4train.parallel.topology import leave, start_distributed, stop_distributed
 from v4train.train.pretrain import run
 
 
@@ -24,6 +24,7 @@ def main(jobs: Path, folder: Path) -> None:
         run(checked)
     finished(folder)
     stop_distributed()
+    leave()
 
 
 if __name__ == "__main__":
