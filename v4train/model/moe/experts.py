@@ -22,7 +22,7 @@ from v4train.model.seams import Seams
 
 # Rows of an expert are a multiple of this in bf16 on the CPU: oneDNN prepares a product for each number of rows that it
 # has not met, which takes longer than a small product itself (torch 2.13).
-PREPARED = 32
+PREPARED = 64
 
 
 class Groups(NamedTuple):
