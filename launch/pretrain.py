@@ -54,7 +54,7 @@ if __name__ == "__main__":
         refuse(explain(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by torchrun, or by the run itself under srun
         from v4train.parallel.topology import leave
 
         leave()

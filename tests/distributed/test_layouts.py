@@ -12,7 +12,7 @@ from tests.runs import MIXED, STEPS, checkpoint_digests, losses, tiny
 from v4train.config import load
 from v4train.model import build_model
 from v4train.optim.param_groups import is_muon_parameter
-from v4train.train.checkpoint import Reader
+from v4train.train.checkpoint import Reader, load_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
 
@@ -43,10 +43,10 @@ FOUR = {
     "tensor_context_expert": ["parallelism=tensor", "parallelism.context=2", "parallelism.expert=2"],
     "tensor_expert": ["parallelism=tensor", "parallelism.expert=2", "parallelism.zero_stage=3", SHARD_ALL],
     "tensor_data": ["parallelism=tensor", "parallelism.zero_stage=2"],
-    "four_shares": ["parallelism=tensor", "parallelism.tensor=4"],
+    "four_shares": ["parallelism=tensor", "parallelism.tensor=4", "parallelism.zero_stage=0"],
     "context_data_expert": ["parallelism=context", "parallelism.expert=4"],
     "context_data": ["parallelism=context", "parallelism.zero_stage=3", SHARD_ALL],
-    "four_shards": ["parallelism=context", "parallelism.context=4", "parallelism.expert=2"],
+    "four_shards": ["parallelism=context", "parallelism.context=4", "parallelism.expert=2", "parallelism.zero_stage=0"],
     "expert_replicas": ["parallelism=expert", "parallelism.expert=2", "parallelism.zero_stage=2"],
 }
 
@@ -105,6 +105,13 @@ def test_losses_are_those_of_one_process(layout, optimizer):
     validated = [json.loads((base / run / "summary.json").read_text()) for run in (f"{name}_{optimizer}", expected)]
     assert validated[0]["val_loss"] == pytest.approx(validated[1]["val_loss"], abs=tolerance)
     assert validated[0]["val_tokens"] == validated[1]["val_tokens"]
+
+
+def test_a_tied_model_comes_back_from_its_checkpoint(base):
+    path = base / "reference_mixed" / "checkpoints" / f"step_{STEPS:08d}"
+    model = load_model(path)
+    assert model.head.lm_head.weight is model.embedding.lookup.weight
+    assert torch.equal(model.head.lm_head.weight, Reader(path).weights()["embedding.lookup.weight"])
 
 
 def weights(base: Path, run: str) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from v4train.config import load
 from v4train.errors import ConfigError
 from v4train.model import build_model, model_config
 from v4train.model.config import expand_mix
+from v4train.model.counts import parameter_counts
 
 
 @pytest.mark.parametrize(
@@ -258,6 +259,8 @@ def test_streams_of_a_plain_residual():
 
 def test_a_tied_embedding_is_one_parameter_with_both_gradients():
     tied, untied = (build_model(tiny_config(tie_embedding=tie, mtp__num_layers=0)) for tie in (True, False))
+    (total, active), (more, as_active) = (parameter_counts(model.config) for model in (tied, untied))
+    assert active == as_active and more - total == tied.embedding.lookup.weight.numel()
     names = {name for name, _ in untied.named_parameters()} - {name for name, _ in tied.named_parameters()}
     assert names == {"head.lm_head.weight"}
     untied.load_state_dict(tied.state_dict())

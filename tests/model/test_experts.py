@@ -178,6 +178,28 @@ def test_ranges_of_experts_are_computed_as_one(bias, monkeypatch):
             torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_rows_of_no_token_change_nothing(tokens, monkeypatch):
+    """What fills each expert's rows up to a multiple, as in bf16 on the CPU."""
+    experts = filled(Experts(config_of(moe__num_experts=9, moe__expert_bias=True)))
+    chosen = torch.randint(0, 7, (tokens, TOP_K), generator=torch.Generator().manual_seed(0))
+    results = []
+    for multiple in (1, 4):
+        groups = implementation.groups_of(chosen, 9, multiple)
+        counts = torch.diff(groups.ends, prepend=groups.ends.new_zeros(1))
+        assert not (counts % multiple).any() and counts.sum() == len(groups.token) == len(groups.expert)
+        assert torch.equal(groups.expert[groups.row], chosen)
+        monkeypatch.setattr(implementation, "groups_of", lambda *_, made=groups, **__: made)
+        x, weights = random(tokens, HIDDEN).requires_grad_(), random(tokens, TOP_K, seed=1).requires_grad_()
+        experts.zero_grad()
+        output = experts(x, chosen, weights)
+        output.sin().sum().backward()
+        results.append([output, x.grad, weights.grad, *(p.grad for p in experts.parameters())])
+        monkeypatch.undo()
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+
+
 def test_gradients_of_the_experts():
     experts = filled(Experts(config_of(moe__expert_bias=True, moe__activation="swiglu_oai", moe__swiglu_limit=1.5)))
     chosen = torch.randint(0, EXPERTS, (5, TOP_K), generator=torch.Generator().manual_seed(0))

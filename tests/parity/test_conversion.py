@@ -94,8 +94,9 @@ def test_weights_of_half_precision_come_as_fp32():
     assert torch.equal(state["head.lm_head.weight"], peer.lm_head.weight.float())
 
 
-def test_tied_embeddings_become_two_tensors():
-    state = from_hf(LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=True)))[1]
+def test_tied_embeddings_stay_tied_and_come_as_two_tensors():
+    config, state = from_hf(LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=True)))
+    assert config.tie_embedding
     assert torch.equal(state["head.lm_head.weight"], state["embedding.lookup.weight"])
     assert state["head.lm_head.weight"].data_ptr() != state["embedding.lookup.weight"].data_ptr()
 

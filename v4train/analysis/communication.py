@@ -1,8 +1,8 @@
 """What the ranks of a layout send each other in a training step, in closed form.
 
-Counted in bytes that all ranks together hand to the network, with the algorithms that send least: of n numbers, g
-ranks send 2 n (g - 1) to sum them everywhere, n (g - 1) to gather or scatter them (n being the whole), and an exchange
-or a message what leaves a rank. Not counted: scalars, loads of experts, counts of targets.
+Counted in bytes that all ranks together hand to the network in `precision=fp32`, with the algorithms that send least:
+of n numbers, g ranks send 2 n (g - 1) to sum them everywhere, n (g - 1) to gather or scatter them (n being the whole),
+and an exchange or a message what leaves a rank. Not counted: scalars, loads of experts, counts of targets.
 
     tensor     in forward sums of what each share gives, in backward of the gradients of what all shares read;
                index scores and the indexer's teacher in both
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from v4train.model.config import LayerAttention, ModelConfig
+from v4train.model.config import GQAConfig, LayerAttention, MLAConfig, ModelConfig
 
 BYTES = 4  # of a number that is sent: fp32
 ID_BYTES = 8  # of a token id
@@ -92,13 +92,15 @@ def activation_bytes(config: ModelConfig, work: Work) -> dict[str, float]:
     return sent
 
 
-def gradient_bytes(parameters: int, replicas: int, zero_stage: int) -> float:
-    """Bytes that `replicas` ranks send in a step for parameters that each of them trains, by DeepSpeed's ways.
+def gradient_bytes(parameters: int, replicas: int, zero_stage: int, accumulation: int = 1) -> float:
+    """Bytes that `replicas` ranks send in a step for parameters that each of them trains, by DeepSpeed 0.19.8's ways.
 
-    Stages 0 to 2 sum gradients everywhere, and 1 and 2 gather what each rank has updated. Stage 3 sums each gradient
-    where it belongs, and gathers parameters for forward and backward: at most, since it keeps some in between.
+    Stages 0 to 2 sum gradients everywhere, stage 2 those of each micro-batch, and 1 and 2 gather what each rank has
+    updated. Stage 3 sums each micro-batch's where they belong, and gathers parameters for its forward and backward
+    pass: at most, since it keeps some in between.
     """
-    return {0: 2, 1: 3, 2: 3, 3: 3}[zero_stage] * parameters * (replicas - 1) * BYTES
+    times = {0: 2, 1: 3, 2: 2 * accumulation + 1, 3: 3 * accumulation}[zero_stage]
+    return times * parameters * (replicas - 1) * BYTES
 
 
 def muon_bytes(parameters: int, shares: int, replicas: int, zero_stage: int) -> float:
@@ -144,7 +146,7 @@ def _ffn(config: ModelConfig, kind: str, hashed: bool, work: Work) -> dict[str, 
     if kind == "dense":
         return {"tensor": Sent(result, result)}
     weights = _summed(tokens * moe.top_k, work.tensor)
-    rows = work.expert * tokens * moe.top_k * (work.expert - 1) / work.expert
+    rows = tokens * moe.top_k * (work.expert - 1)  # of all ranks of a group
     there_and_back = rows * (2 * hidden + 1)  # with the expert's weight
     sent = {"tensor": Sent(result, result + weights), "expert": Sent(there_and_back, there_and_back)}
     if not hashed:  # balance of whole rows: chosen and affinity of every expert
@@ -158,15 +160,14 @@ def _attention(config: ModelConfig, layer: LayerAttention, work: Work) -> dict[s
     result = _summed(tokens * config.hidden_size, work.tensor)
     if kind in ("mha", "mqa", "gqa"):
         width = 2 * layer.num_kv_heads * options.head_dim
-        reach = None if options.window is None or options.global_tokens else (options.window - 1) * options.dilation
-        context = _before(work, reach, width)
+        context = _before(work, _reach(options), 2 * max(1, layer.num_kv_heads // work.tensor) * options.head_dim)
         read = tokens * config.hidden_size
         if layer.num_kv_heads % work.tensor:  # all shares have all keys and values
             read += tokens * width
         return {"tensor": Sent(result, _summed(read, work.tensor)), "context": context}
     if kind in ("mla", "dsa"):
         width = options.kv_lora_rank + options.rope_dim
-        reach = None if kind == "dsa" or options.window is None or options.global_tokens else options.window - 1
+        reach = None if kind == "dsa" else _reach(options)
         seen = _with_tokens_before(work, reach)
         read = _summed(tokens * options.q_lora_rank + seen * width, work.tensor)
         sent = {"tensor": Sent(result, read), "context": _before(work, reach, width)}
@@ -214,6 +215,11 @@ def _indexer(config: ModelConfig, layer: LayerAttention, work: Work, ratio: int,
         _summed(rows * (forward + 2 * selected), work.tensor),
         _summed(rows * 2 * selected + work.rows * entries * key_width, work.tensor),
     )
+
+
+def _reach(options: GQAConfig | MLAConfig) -> int | None:
+    """How many tokens before itself a query may look at; None is all."""
+    return None if options.window is None or options.global_tokens else (options.window - 1) * options.dilation
 
 
 def _with_tokens_before(work: Work, reach: int | None) -> float:

@@ -21,6 +21,6 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
         total += parameter.numel()
         if ".experts." in name:
             active += parameter.numel() // config.moe.num_experts * config.moe.top_k
-        elif not name.startswith("embedding."):
+        elif config.tie_embedding or not name.startswith("embedding."):
             active += parameter.numel()
     return total, active

@@ -56,6 +56,7 @@ class Transformer(nn.Module):
         self.head = Head(config, self.losses)
         self.mtp = MTP(config, self.losses, self.embedding, self.head) if config.mtp.num_layers else None
         self.tie()
+        self.register_load_state_dict_post_hook(lambda model, _: model.tie())  # `assign=True` makes two of it
 
     def tie(self) -> None:
         """Make the output matrix the embedding if the configuration says so: to be called where that was replaced."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from v4train.model.moe.experts import groups_of, sum_of_rows
+from v4train.model.precision import product_dtype
 from v4train.model.seams import Dispatched, Experts, Rows
 from v4train.parallel.collectives import Exchange, Group
 
@@ -38,7 +39,7 @@ class _Sent(Dispatched):
         self.chosen = experts.repeat_interleave(theirs.flatten())[:, None]  # [A, 1]
         self.x, self.weights = Exchange(group, sent, received), Exchange(group, sent, received)
         self.results = Exchange(group, received, sent)
-        x = _Spread.apply(rows.x, self.groups.token, self.groups.row)
+        x = _Spread.apply(rows.x.to(product_dtype(rows.x)), self.groups.token, self.groups.row)
         weights = rows.weights.flatten().index_select(0, self.groups.order)[:, None]
         self.rows = Rows(self.x.start(x), self.chosen, self.weights.start(weights))
 

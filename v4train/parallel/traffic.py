@@ -5,6 +5,7 @@ Volumes are those of `v4train.analysis.communication`, which says in closed form
 
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from v4train.parallel.groups import Groups
 
-CALLERS, OURS = ("/v4train/", "/deepspeed/"), ("/collectives.py", "/context.py")
+HERE = Path(__file__).parent
+OURS = {str(HERE / "collectives.py"), str(HERE / "context.py")}  # where the model's own collectives are
+SILENT = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_")  # what others send, or nothing
 SCALARS = 16  # numbers of a collective up to which it is not counted: norms, counts, signals
 
 
@@ -43,7 +46,7 @@ class Traffic(TorchDispatchMode):
         if name == "alltoall_base_":
             return "expert"
         # A context group may have the same ranks as one that sums gradients, so who asks for it decides
-        ours = _caller().endswith(OURS)
+        ours = _caller() in OURS
         if name == "send":
             return "context" if ours else "pipeline"
         names = {of: axis for axis, of in self._names.items() if ours or axis != "context"}
@@ -52,8 +55,9 @@ class Traffic(TorchDispatchMode):
 
 def _caller() -> str:
     """File of the innermost function of this project or of DeepSpeed, but for this one's."""
+    packages = (str(HERE.parent), str(Path(sys.modules["deepspeed"].__file__).parent))
     frame = sys._getframe(1)
-    while frame and (frame.f_code.co_filename == __file__ or not any(of in frame.f_code.co_filename for of in CALLERS)):
+    while frame and (frame.f_code.co_filename == __file__ or not frame.f_code.co_filename.startswith(packages)):
         frame = frame.f_back
     return frame.f_code.co_filename if frame else ""
 
@@ -62,19 +66,23 @@ def _bytes(name: str, args: tuple, group: dist.ProcessGroup) -> float:
     """Of one call, on this rank; the first arguments are what comes, or is worked on in place, and what goes."""
     ranks = group.size()
     share = (ranks - 1) / ranks
+    if name in SILENT:
+        return 0
     if name == "allreduce_":
         return 2 * share * _size(args[0])
     if name in ("broadcast_", "reduce_"):
         return share * _size(args[0])
-    if name in ("_allgather_base_", "_reduce_scatter_base_"):
+    if name in ("_allgather_base_", "_reduce_scatter_base_", "allgather_", "reduce_scatter_"):
         return share * max(_size(args[0]), _size(args[1]))
-    if name in ("allgather_", "reduce_scatter_"):
+    if name in ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_"):
         return share * max(_size(args[0]), _size(args[1]))
     if name == "alltoall_base_":
         pieces, rows = args[4], args[1].shape[0]
         kept = pieces[group.rank()] if pieces else rows / ranks
         return _size(args[1]) * (1 - kept / rows) if rows else 0
-    return _size(args[0]) if name == "send" else 0
+    if name == "send":
+        return _size(args[0])
+    raise NotImplementedError(f"c10d::{name} is not counted")
 
 
 def _size(tensors: torch.Tensor | list) -> int:

@@ -178,7 +178,6 @@ def load_model(path: Path) -> Transformer:
     if model.config.tie_embedding:  # one parameter, by its first name
         weights["head.lm_head.weight"] = weights["embedding.lookup.weight"]
     model.load_state_dict(weights | reader.buffers(), assign=True)
-    model.tie()
     model.attention_mode = config["train"].get("attention_mode", "sparse")  # absent: older than the key
     return model.eval()
 

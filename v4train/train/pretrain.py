@@ -67,9 +67,7 @@ def run(settings: Settings) -> dict[str, float]:
     trainer = _make_trainer(settings, directory, reader)
     _show_start(trainer, start, time.perf_counter() - started)
     trainer.fit()
-    figures = _finish(trainer)
-    dist.barrier()  # who starts the processes may end all of them with the first
-    return figures
+    return _finish(trainer)
 
 
 def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:

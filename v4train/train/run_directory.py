@@ -16,6 +16,7 @@ from v4train.train import checkpoint
 
 # Keys that a continued run must share with the run it continues: with others it would be another experiment.
 BOUND = ("seed", "model", "data", "tokenizer.vocab_size", "optimizer.name", "train.sequence_length")
+ADDED = {"model.tie_embedding": False}  # keys that older checkpoints lack, and what they meant
 FREE = ("model.attention.query_chunk",)  # changes speed, not results
 FIND_RUN = "give the folder of a run, runs/NAME, or of one of its checkpoints"
 
@@ -84,7 +85,8 @@ class RunDirectory:
         saved = OmegaConf.create(checkpoint.read_manifest(start)["state"]["config"])
         wanted = OmegaConf.create(resolved)
         for key in BOUND:
-            then, now = _leaves(OmegaConf.select(saved, key), key), _leaves(OmegaConf.select(wanted, key), key)
+            then, now = (_leaves(OmegaConf.select(of, key), key) for of in (saved, wanted))
+            then = {leaf: value for leaf, value in ADDED.items() if leaf in now} | then
             for leaf in sorted(then.keys() | now.keys()):
                 if then.get(leaf) != now.get(leaf) and leaf not in FREE:
                     rule = f"checkpoint {start} was made with {leaf}={then.get(leaf, 'absent')}"

@@ -17,7 +17,6 @@ from v4train.model.documents import place
 from v4train.model.linear import SharedOutLinear
 from v4train.model.losses import Losses
 from v4train.model.norm import RMSNorm
-from v4train.model.precision import product_dtype
 from v4train.model.rope import rotate, rotations
 from v4train.model.seams import Seams
 
@@ -44,7 +43,6 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, document_ids: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Attention of normalised hidden states [B, S, M] within documents [B, S]; returns [B, S, M]."""
         options, heads, sequence = self.options, self.seams.heads, self.seams.sequence
-        x = x.to(product_dtype(x))  # once, and not for each product
         where = place(document_ids, None if cache is None else cache.length, sequence)
         rotation = rotations(where.positions, options.rope_dim, options.rope)
         shared = self.shares_kv(heads.count)

@@ -66,7 +66,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x: Tensor, document_ids: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Attention of normalised hidden states [B, S, M] within documents [B, S]; returns [B, S, M]."""
         options, heads, sequence = self.options, self.seams.heads, self.seams.sequence
-        x = x.to(product_dtype(x))  # once, and not for each product
+        x = x.to(product_dtype(x))  # once, and not for each product, whose gradients are summed in this dtype
         where = place(document_ids, None if cache is None else cache.length, sequence)
         rotation = rotations(where.positions, options.rope_dim, options.rope)
         query_latent = self.query_norm(self.query_down(x))

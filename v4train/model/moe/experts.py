@@ -4,7 +4,7 @@ On the CPU several experts at a time, with as many rows as a cache holds: what l
 it. In fp32 backward makes the first product again there, at little cost; it is kept in bf16, where it takes half the
 memory, and elsewhere.
 
-Shapes: T tokens, K experts per token, R = T K rows sorted by expert, E experts, M hidden, I inner width.
+Shapes: T tokens, K experts per token, R >= T K rows sorted by expert, E experts, M hidden, I inner width.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Groups(NamedTuple):
     """Rows sorted by expert, one for each expert of each token, and perhaps rows of no token behind each expert's."""
 
     expert: Tensor  # [R] int64, ascending
-    token: Tensor  # [R] int64, whose row it is; any where it is no one's
+    token: Tensor  # [R] int64, whose row it is; T - 1 where it is no one's
     order: Tensor  # [R] int64, its place in the flattened [T, K]; T K where there is none
     row: Tensor  # [T, K] int64, the inverse
     ends: Tensor  # [E] int32, one past each expert's last row
@@ -131,7 +131,7 @@ class _Experts(torch.autograd.Function):
         result, kept = first.new_empty(groups.token.shape[0], x.shape[1]), []
         for block in ranges_of(groups, x.shape[1]):
             projected = _first_product(_rows(source, groups, block), first, bias, groups, block)
-            if x.device.type != "cpu" or dtype == torch.bfloat16:
+            if any(ctx.needs_input_grad) and (x.device.type != "cpu" or dtype == torch.bfloat16):
                 kept.append(projected)
             hidden = activation.needed(projected)(projected).mul_(row_weights[block.rows])
             result[block.rows] = grouped_product(hidden, second[block.experts], block.ends)
@@ -204,7 +204,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """sum_k weights[t, k] * E_chosen[t, k](x[t]): [T, M], [T, K] int64, [T, K] -> [T, M]."""
-        prepares = x.device.type == "cpu" and product_dtype(x) == torch.bfloat16
+        prepares = x.device.type == "cpu" and product_dtype(x) == torch.bfloat16 and torch.is_grad_enabled()
         groups = groups_of(chosen, self.down.shape[0], multiple=PREPARED if prepares else 1)
         parameters = (self.gate_up, self.gate_up_bias, self.down)
         output = _Experts.apply(x, *parameters, weights, groups, self.activation)
