@@ -32,6 +32,7 @@ def run(*arguments):
 
 
 @pytest.mark.distributed
+@pytest.mark.exhaustive
 def test_all_cases_are_measured():
     done = run("--stages", "0", "--shape", "2x32", "--rounds", "1", "--turns", "1", *TINY)
     assert not done.returncode, done.stderr
