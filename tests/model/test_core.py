@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.model.memory import LargestTensor
 from tests.model.packings import ids_of, layouts, same_document, visible_entries
 from v4train.model.attention.core import Entries, IndexUse, Local, attend
-from v4train.model.attention.selection import index_scores, indexer_kl, select_top_k, selection_mask
+from v4train.model.attention.selection import index_scores, indexer_kl, score_gradients, select_top_k, selection_mask
 from v4train.model.documents import compression_blocks, document_starts
 
 WINDOW, RATIO, TOP_K = 6, 4, 2
@@ -228,7 +228,12 @@ def test_a_named_tie():
 
 def test_index_scores():
     query, keys, head_weight = Case([13]).index
-    torch.testing.assert_close(index_scores(query, keys, head_weight), naive_scores(query, keys, head_weight))
+    ours, theirs = index_scores(query, keys, head_weight), naive_scores(query, keys, head_weight)
+    torch.testing.assert_close(ours.scores, theirs)
+    gradient = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1), dtype=theirs.dtype)
+    expected = torch.autograd.grad(theirs, (query, keys, head_weight), gradient)
+    for one, other in zip(score_gradients(ours, gradient), expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def kl_inputs():
@@ -243,23 +248,20 @@ def kl_inputs():
 
 def test_kl_and_its_gradient():
     scores, attended, probabilities = kl_inputs()
-    ours, theirs = indexer_kl(scores, attended, probabilities), naive_kl(scores, attended, probabilities)
+    (ours, uniform, gradient), theirs = indexer_kl(*kl_inputs()), naive_kl(scores, attended, probabilities)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
-    gradient = torch.autograd.grad(ours, scores)[0]
+    torch.testing.assert_close(uniform, naive_kl(scores * 0, attended, probabilities), atol=1e-12, rtol=0)
     torch.testing.assert_close(gradient, torch.autograd.grad(theirs, scores)[0], atol=1e-12, rtol=0)
     assert gradient[0, 1].abs().sum() == 0 and gradient[1, 2].abs().sum() == 0  # nothing attended; one entry: KL 0
-    assert torch.autograd.grad(indexer_kl(*kl_inputs()), kl_inputs()[2], allow_unused=True) == (None,)
 
 
 def test_kl_of_queries_with_nothing_visible_is_zero():
     scores, attended, probabilities = kl_inputs()
     nothing = torch.zeros_like(attended)
-    kl = indexer_kl(scores, nothing, probabilities * 0)
-    assert kl == 0 and torch.autograd.grad(kl, scores)[0].abs().sum() == 0
+    assert [x.abs().sum() for x in indexer_kl(scores, nothing, probabilities * 0)] == [0, 0, 0]
 
 
 def test_kl_with_a_teacher_that_underflows_is_finite():
-    scores, attended, probabilities = (x.detach() for x in kl_inputs())
-    scores = scores.float().requires_grad_()
-    kl = indexer_kl(scores, attended, probabilities.float() * 0)
-    assert kl == 0 and torch.autograd.grad(kl, scores)[0].isfinite().all()
+    scores, attended, probabilities = kl_inputs()
+    kl, uniform, gradient = indexer_kl(scores.float(), attended, probabilities.float() * 0)
+    assert kl == uniform == 0 and gradient.isfinite().all()

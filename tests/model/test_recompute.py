@@ -18,6 +18,11 @@ MODES = ["dense", "indexer_warmup", "sparse"]
 BATCH = batch_of([21, -3, 19], [30, 13])
 
 
+@pytest.fixture(autouse=True)
+def _everything_is_large(monkeypatch):
+    monkeypatch.setattr(recompute, "FORGET_FROM", 0)
+
+
 def fresh(recompute="none", mode="sparse", mix="swa csa hca dsa gqa mla", **changes):
     """MoE with a hash-routed layer, mHC and MTP; attached losses that weigh enough to be seen."""
     changes = {"moe__balance_loss_weight": 0.5, "attention__indexer__loss_weight": 0.7, **changes}
@@ -127,7 +132,7 @@ def test_forgetting_frees_memory_until_backward():
     x, module = torch.randn(5, 7, requires_grad=True), torch.nn.Identity()
     middle = x.exp()
     output = (middle * middle).sum()
-    recompute.forget(middle, again=lambda into: into.copy_(x.exp()), needed_by=output, inside=module)
+    recompute.forget(middle, again=lambda into: into.copy_(x.exp()), needed_by=output, inside=module, hidden=x)
     assert middle.untyped_storage().nbytes() == 0
     (gradient,) = torch.autograd.grad(output, x, retain_graph=True)
     (again,) = torch.autograd.grad(output, x)  # what came back stays
@@ -135,11 +140,20 @@ def test_forgetting_frees_memory_until_backward():
     assert torch.equal(again, gradient)
 
 
+def test_what_is_small_is_kept(monkeypatch):
+    monkeypatch.setattr(recompute, "FORGET_FROM", 36)
+    x, module = torch.randn(5, 7, requires_grad=True), torch.nn.Identity()
+    middle = x.exp()
+    recompute.forget(middle, again=None, needed_by=middle.square(), inside=module, hidden=x)
+    assert torch.equal(middle, x.exp())
+
+
 def test_what_comes_back_may_be_laid_out_otherwise():
     x = torch.randn(5, 7, requires_grad=True)
     middle = x.mT.contiguous().exp()
     output = (middle * middle).sum()
-    recompute.forget(middle, again=lambda into: into.copy_(x.exp().mT), needed_by=output, inside=torch.nn.Identity())
+    module = torch.nn.Identity()
+    recompute.forget(middle, again=lambda into: into.copy_(x.exp().mT), needed_by=output, inside=module, hidden=x)
     output.backward()
     torch.testing.assert_close(x.grad, 2 * (2 * x.detach()).exp())
 

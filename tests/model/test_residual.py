@@ -14,7 +14,6 @@ from v4train.model.residual import (
     StreamCollapse,
     StreamSum,
     UnconstrainedHyperConnection,
-    merge_streams,
 )
 from v4train.model.sinkhorn import sinkhorn, sinkhorn_backward
 
@@ -148,10 +147,11 @@ def test_hyper_connection_token_by_token():
 
 
 @pytest.mark.parametrize("cached_tokens", [1, 2, 100])
-def test_gradient_of_hyper_connection(cached_tokens, monkeypatch):
+@pytest.mark.parametrize("kind", [HyperConnection, UnconstrainedHyperConnection])
+def test_gradient_of_hyper_connection(kind, cached_tokens, monkeypatch):
     """Passes over tokens that a cache doesn't hold all are made in blocks."""
     monkeypatch.setattr(cached, "CACHED", cached_tokens * STREAMS * HIDDEN)
-    module, _ = module_of(HyperConnection, residual__sinkhorn_iterations=5)
+    module, _ = module_of(kind, residual__sinkhorn_iterations=5)
     streams = random(1, 3, STREAMS, HIDDEN, seed=9).requires_grad_()
 
     def residual(streams, *_):
@@ -161,15 +161,19 @@ def test_gradient_of_hyper_connection(cached_tokens, monkeypatch):
     assert torch.autograd.gradcheck(residual, (streams, *module.parameters()))
 
 
-def test_merging_takes_tensors_of_any_layout():
+@pytest.mark.parametrize("kind", [HyperConnection, UnconstrainedHyperConnection])
+def test_tensors_of_any_layout(kind):
+    module, _ = module_of(kind)
     streams, output = random(3, 2, STREAMS, HIDDEN).transpose(0, 1), random(3, 2, HIDDEN, seed=1).transpose(0, 1)
-    mixing, post = random(STREAMS, STREAMS, 2, 3, seed=2), random(STREAMS, 2, 3, seed=3)
-    inputs = [x.requires_grad_() for x in (streams, output, mixing, post)]
-    merged = merge_streams(*inputs)
-    expected = torch.einsum("jkbs,bsjm->bskm", mixing, streams) + torch.einsum("kbs,bsm->bskm", post, output)
-    torch.testing.assert_close(merged, expected)
-    gradients = (torch.autograd.grad(x.sin().sum(), inputs) for x in (merged, expected))
-    for ours, theirs in zip(*gradients, strict=True):
+    results = []
+    for inputs in ((streams, output), (streams.contiguous(), output.contiguous())):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        x, unmixed, coefficients = module(inputs[0])
+        merged = module.merge(unmixed, x.sin() + inputs[1], coefficients)
+        loss = merged.transpose(0, 1).contiguous().sin().sum()
+        gradients = torch.autograd.grad(loss, [*inputs, *module.parameters()])
+        results.append([merged, *gradients])
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

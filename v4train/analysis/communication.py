@@ -5,7 +5,7 @@ of n numbers, g ranks send 2 n (g - 1) to sum them everywhere, n (g - 1) to gath
 and an exchange or a message what leaves a rank. Not counted: scalars, loads of experts, counts of targets.
 
     tensor     in forward sums of what each share gives, in backward of the gradients of what all shares read;
-               index scores and the indexer's teacher in both
+               index scores and the indexer's teacher in forward
     context    tokens before a shard, gathered keys or entries, documents; the gradients of all but these back
     expert     rows there and back, and their gradients; on average, as if all experts had the same load
     pipeline   streams, with token ids, documents and targets, and the gradient of the streams back
@@ -21,11 +21,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from v4train.model.config import GQAConfig, LayerAttention, MLAConfig, ModelConfig
+from v4train.model.config import GATHER_FROM, MEASURED_ENTRIES, GQAConfig, LayerAttention, MLAConfig, ModelConfig
 
 BYTES = 4  # of a number that is sent: fp32
 ID_BYTES = 8  # of a token id
-RECALLED = 128  # entries, on average for each query, that the recall of a selection is measured with
 
 
 @dataclass(frozen=True)
@@ -197,23 +196,22 @@ def _attention(config: ModelConfig, layer: LayerAttention, work: Work) -> dict[s
 def _indexer(config: ModelConfig, layer: LayerAttention, work: Work, ratio: int, key_width: int) -> Sent:
     """Scores and teacher, of a document as long as the row; an entry every `ratio` tokens.
 
-    Forward: scores of all entries that a chunk of queries reaches, to select; scores and teacher of the selected ones,
-    for the loss; the teacher of all in reach for some queries, for the recall. Backward: scores and teacher of the
-    selected ones once more, and the gradient of the keys.
+    Forward: scores of all entries that a chunk of queries reaches, to select and, while these are few, for the loss;
+    later scores of the selected ones for it. The teacher of the same; that of all in reach for some queries, for the
+    recall. Backward: the gradient of the keys.
     """
     top_k = (config.attention.indexer if layer.kind == "csa" else config.attention.dsa).top_k
     entries, chunk = work.sequence_length // ratio, config.attention.query_chunk
-    step = -(-entries // RECALLED)
-    forward = selected = 0.0
+    step = -(-entries // MEASURED_ENTRIES)
+    forward = 0.0
     for begin in range(0, work.sequence_length, chunk):
         stop = min(begin + chunk, work.sequence_length)
         queries, reach = stop - begin, stop // ratio
-        selected += queries * min(reach, top_k)
-        forward += queries * reach * (1 + 1 / step) if reach > top_k else 0
-    rows = work.rows / work.context
+        forward += queries * (reach + (reach / step if reach > top_k else 0))
+        forward += queries * (2 * top_k if reach >= GATHER_FROM * top_k else reach)
     return Sent(
-        _summed(rows * (forward + 2 * selected), work.tensor),
-        _summed(rows * 2 * selected + work.rows * entries * key_width, work.tensor),
+        _summed(work.rows / work.context * forward, work.tensor),
+        _summed(work.rows * entries * key_width, work.tensor),
     )
 
 

@@ -56,26 +56,26 @@ class Block(nn.Module):
     def _streams(
         self, streams: Tensor, input_ids: Tensor, document_ids: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
-        x, streams, coefficients = self.attention_residual(streams)
+        x, unmixed, coefficients = self.attention_residual(streams)
         normalised = self.attention_norm(x)
         if self._recomputes("attention", cache):
             attended = recomputed(self.attention, normalised, document_ids)
         else:
             attended = self.attention(normalised, document_ids, cache)
         if coefficients is not None:  # or x is a view of the streams
-            again = _input_again(self.attention_residual, self.attention_norm, streams, coefficients)
-            forget(x, normalised, again=again, needed_by=attended, inside=self)
+            again = _input_again(self.attention_residual, self.attention_norm, unmixed, coefficients)
+            forget(x, normalised, again=again, needed_by=attended, inside=self, hidden=x)
 
-        merge = partial(self.attention_residual.merge, streams, attended, coefficients)
+        merge = partial(self.attention_residual.merge, unmixed, attended, coefficients)
         between = merge()
-        x, streams, coefficients = self.ffn_residual(between)
+        x, unmixed, coefficients = self.ffn_residual(between)
         normalised = self.ffn_norm(x)
         transformed = self.ffn(normalised, input_ids, document_ids) if self.is_moe else self.ffn(normalised)
-        output = self.ffn_residual.merge(streams, transformed, coefficients)
+        output = self.ffn_residual.merge(unmixed, transformed, coefficients)
         if coefficients is not None:
-            again = _input_again(self.ffn_residual, self.ffn_norm, streams, coefficients)
-            forget(x, normalised, again=again, needed_by=transformed, inside=self)
-            forget(between, again=lambda into: merge(into=into), needed_by=output, inside=self)
+            again = _input_again(self.ffn_residual, self.ffn_norm, unmixed, coefficients)
+            forget(x, normalised, again=again, needed_by=transformed, inside=self, hidden=x)
+            forget(between, again=lambda into: merge(into=into), needed_by=output, inside=self, hidden=x)
         return output
 
     def _recomputes(self, level: str, cache: LayerCache | None) -> bool:

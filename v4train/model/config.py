@@ -13,6 +13,10 @@ from v4train.model.mix import INDEXED_KINDS, expand_mix, parse_layer
 from v4train.model.rules import validate
 from v4train.structured import structured
 
+# How a selection of entries is computed, which says what it costs; no value changes a result
+GATHER_FROM = 4  # entries in reach, as a multiple of the top-k, from which gathering is faster (docs/performance.md)
+MEASURED_ENTRIES = 128  # for each query, on average, of the dense attention that its recall is measured with
+
 
 @dataclass
 class RopeConfig:

@@ -2,8 +2,8 @@
 
 `block`: a whole block, so that only its input streams stay alive between forward and backward. `attention`: the
 attention sub-layer (norm and attention), for less memory at less recomputation. Whatever the level, `forget` is for
-single tensors that are all but free to compute again. Results are those of keeping everything, to the last bit (with
-`compile=true` up to rounding, because what was forgotten comes back from the code that isn't compiled).
+single tensors that are cheap to compute again, once they are large. Results are those of keeping everything, to the
+last bit (with `compile=true` up to rounding, because what was forgotten comes back from the code that isn't compiled).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 RECOMPUTE_LEVELS = ("none", "block", "attention")
+# Elements of hidden states [B, S, M] from which memory counts for more than the 5 % of a step's time that it takes to
+# compute again what `forget` frees (docs/performance.md)
+FORGET_FROM = 2**20
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -47,19 +50,22 @@ class _RecomputeFirst(torch.autograd.Function):
         return gradient
 
 
-def forget(*tensors: Tensor, again: Callable[..., None], needed_by: Tensor, inside: nn.Module) -> None:
+def forget(*tensors: Tensor, again: Callable[..., None], needed_by: Tensor, inside: nn.Module, hidden: Tensor) -> None:
     """Free the memory of `tensors` until backward comes to what made `needed_by`, and then let `again` fill it.
 
-    In training only, and not where somebody else has a hand in it: a checkpoint around, or hooks that may have handed
-    the tensors out (ZeRO 3's, a profiler's, a user's).
+    Where memory counts, in training only, and not where somebody else has a hand in it: a checkpoint around, or hooks
+    that may have handed the tensors out (ZeRO 3's, a profiler's, a user's).
 
     Args:
         tensors: nothing reads them any more but the backward of operations up to `needed_by`, through it.
         again: writes the same values into tensors that it is given, from what is kept anyhow.
         needed_by: the last result that backward needs them for.
         inside: the module within which modules see them.
+        hidden: its input or output [B, S, M], which says how much memory this is about.
     """
-    if inside.training and needed_by.requires_grad and not _in_checkpoint() and not _watched(inside):
+    if hidden.numel() < FORGET_FROM or not (inside.training and needed_by.requires_grad):
+        return
+    if not (_in_checkpoint() or _watched(inside)):
         needed_by.register_hook(_Refill(tensors, again))
 
 

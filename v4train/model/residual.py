@@ -59,11 +59,12 @@ def _projection_gradients(
     weight: Tensor,
     projected: Tensor,
     scale: Tensor,
-    read: tuple[Tensor, Tensor] | None = None,
+    used: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`streams_gradient` and what `projected`'s gradient adds to it, in its shape; the weight's gradient.
+    """The streams' gradient, of which `projected`'s adds to `streams_gradient`, and the weight's.
 
-    read: [T, 1, C] and its result's gradient [T, 1, M], of whoever read the streams too.
+    used: of a site, mixing [T, C, C], whose result `streams_gradient` is of, read [T, 1, C] and the gradient of what
+    was read [T, 1, M].
     """
     flat = streams.flatten(2).flatten(0, 1)
     given = streams_gradient.flatten(2).flatten(0, 1)
@@ -72,12 +73,16 @@ def _projection_gradients(
     change, full_weight = (gradient * scale).flatten(1), full(weight)
     total, weight_gradient = flat.new_empty(flat.shape), torch.zeros_like(full_weight)
     for block in blocks(flat):
-        x = full(flat[block])
-        own = torch.addcmul(full(given[block]), x, along[block]).addmm_(change[:, block].mT, full_weight)
-        if read is not None:
-            of_read, gradient_of_read = (full(part[block]) for part in read)
-            own.view(-1, *streams.shape[2:]).baddbmm_(of_read.mT, gradient_of_read)
-        total[block] = own
+        x, own = full(flat[block]), full(total[block])
+        if used is None:
+            torch.addcmul(full(given[block]), x, along[block], out=own)
+        else:
+            mixing, read, gradient_of_read = (full(part[block]) for part in used)
+            by_stream = torch.mul(x, along[block], out=own).view(-1, *streams.shape[2:])
+            by_stream.baddbmm_(mixing.mT, full(given[block]).view_as(by_stream)).baddbmm_(read.mT, gradient_of_read)
+        own.addmm_(change[:, block].mT, full_weight)
+        if own.dtype != total.dtype:
+            total[block] = own
         weight_gradient.addmm_(change[:, block], x)
     return total.view_as(streams), weight_gradient.to(weight.dtype)
 
@@ -98,19 +103,27 @@ class PlainResidual(nn.Module):
 
 
 class Coefficients(NamedTuple):
-    """What a site computes for its streams, beside what it reads of them."""
+    """What a site computes for its streams, token by token (T), beside what it reads of them."""
 
-    mixing: Tensor  # [source, destination, B, S] fp32
-    post: Tensor  # [destination, B, S] fp32
+    mixing: Tensor  # [T, destination, source] fp32, no gradient: the unmixed streams have it
+    post: Tensor  # [T, destination, 1] fp32
     read: Tensor  # [T, 1, C] in the streams' dtype, no gradient: what `collapse` reads again
 
 
 class _Connection(nn.Module):
     """What HC and mHC share."""
 
-    def merge(self, streams: Tensor, output: Tensor, coefficients: Coefficients, into: Tensor | None = None) -> Tensor:
-        """As `merge_streams`."""
-        return merge_streams(streams, output, coefficients.mixing, coefficients.post, into)
+    def merge(self, unmixed: Tensor, output: Tensor, coefficients: Coefficients, into: Tensor | None = None) -> Tensor:
+        """new_k = sum_j mixing[k, j] x_j + post_k output: [B, S, C, M], [B, S, M] -> [B, S, C, M], as the streams are.
+
+        unmixed: the streams that the site has returned. Their gradient is that of the mixed ones, so that the site
+        makes all of its gradients in one pass over the streams.
+        into: for the result, then without gradient.
+        """
+        output = output.to(unmixed.dtype)
+        if into is not None:
+            return _merged(unmixed, output, coefficients.mixing, coefficients.post, into)
+        return _Merge.apply(unmixed, output, coefficients.mixing, coefficients.post)
 
     def collapse(self, streams: Tensor, coefficients: Coefficients, into: Tensor) -> None:
         """The collapsed input [B, S, M] once more, without gradient."""
@@ -131,21 +144,18 @@ class HyperConnection(_Connection):
         self.gates = nn.Parameter(torch.empty(3))
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Coefficients]:
-        """Collapsed input [B, S, M], streams, coefficients.
-
-        Whoever uses the streams further takes the ones returned, so that all their gradients are summed in one place.
-        """
+        """Collapsed input [B, S, M], streams for `merge` and nothing else, coefficients."""
         numbers = (self.options.sinkhorn_iterations, self.options.eps, self.norm_eps)
         with full_precision(streams.device.type):
-            collapsed, streams, *coefficients = _Site.apply(
+            collapsed, unmixed, *coefficients = _Site.apply(
                 streams, self.projection, self.gates, self.static_bias, *numbers
             )
-        return collapsed, streams, Coefficients(*coefficients)
+        return collapsed, unmixed, Coefficients(*coefficients)
 
 
 class _Site(torch.autograd.Function):
-    """What a site computes of its streams before the sub-layer, as one function: its backward passes over the streams'
-    gradient once. pre = sigmoid(.) + eps, post = 2 sigmoid(.), mixing = sinkhorn(.)."""
+    """What a site computes of its streams, as one function: pre = sigmoid(.) + eps, post = 2 sigmoid(.),
+    mixing = sinkhorn(.). The mixed streams stand unmixed among the results: `_Merge` mixes them on its way."""
 
     @staticmethod
     def forward(ctx, streams: Tensor, weight: Tensor, gates: Tensor, bias: Tensor, iterations: int, *epsilons: float):
@@ -156,33 +166,49 @@ class _Site(torch.autograd.Function):
         pre, post, mixing = logits.split([count, count, count * count])
         pre, post = torch.sigmoid(pre), 2 * torch.sigmoid(post)
         mixing, *state = sinkhorn(mixing.unflatten(0, (count, count)), iterations, eps)
-        read = _token_first(pre + eps, streams)[:, None]  # [T, 1, C]
-        ctx.save_for_backward(streams, weight, gates, projected, scale, pre, post, read, *state)
+        mixing, read = _matrices(mixing), _token_first(pre + eps)[:, None].to(streams.dtype)
+        ctx.save_for_backward(streams, weight, gates, projected, scale, pre, post, mixing, read, *state)
         ctx.eps = eps
-        ctx.mark_non_differentiable(read)
-        return _read(streams, read), streams.view_as(streams), mixing, post, read
+        ctx.mark_non_differentiable(mixing, read)
+        unmixed = streams.view_as(streams)
+        return _read(streams, read), unmixed, mixing, _token_first(post)[:, :, None], read
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor, streams_gradient: Tensor, mixing_gradient: Tensor, post_gradient: Tensor, _):
-        streams, weight, gates, projected, scale, pre, post, read, *state = ctx.saved_tensors
+    def backward(ctx, gradient: Tensor, mixed_gradient: Tensor, _, post_gradient: Tensor, __):
+        streams, weight, gates, projected, scale, pre, post, mixing, read, *state = ctx.saved_tensors
         count, gradient = streams.shape[2], gradient.flatten(0, 1)[:, None]
         with full_precision(streams.device.type):
-            pre_gradient = torch.bmm(gradient, streams.flatten(0, 1).mT)[:, 0].mT.view_as(pre)
-        logits_gradient = torch.cat(
-            [
-                full(pre_gradient) * pre * (1 - pre),
-                post_gradient * post * (1 - post / 2),
-                sinkhorn_backward(mixing_gradient, ctx.eps, *state).flatten(0, 1),
-            ]
-        )
-        parts = (logits_gradient * projected).sum((1, 2)).split([count, count, count * count])
-        gates_gradient = torch.stack([part.sum() for part in parts])
-        projected_gradient = logits_gradient * _by_row(full(gates), count)
-        given = (streams, weight, projected, scale, (read, gradient))
-        results = _projection_gradients(streams_gradient, projected_gradient, *given)
+            mixing_gradient, pre_gradient = _coefficient_gradients(streams, mixed_gradient, gradient)
+            post_gradient = post_gradient.view(*post.shape[1:], count).movedim(-1, 0)
+            logits_gradient = torch.cat(
+                [
+                    pre_gradient * pre * (1 - pre),
+                    post_gradient * post * (1 - post / 2),
+                    sinkhorn_backward(mixing_gradient, ctx.eps, *state).flatten(0, 1),
+                ]
+            )
+            parts = (logits_gradient * projected).sum((1, 2)).split([count, count, count * count])
+            gates_gradient = torch.stack([part.sum() for part in parts])
+            projected_gradient = logits_gradient * _by_row(full(gates), count)
+            given = (streams, weight, projected, scale, (mixing, read, gradient))
+            results = _projection_gradients(mixed_gradient, projected_gradient, *given)
         bias_gradient = logits_gradient.sum((1, 2))
         return *results, gates_gradient.to(gates.dtype), bias_gradient.to(gates.dtype), None, None, None
+
+
+def _coefficient_gradients(streams: Tensor, mixed_gradient: Tensor, read_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of mixing [source, destination, B, S] and of what is read with [C, B, S]: fp32.
+
+    mixed_gradient: of the mixed streams [B, S, C, M]; read_gradient: of the read ones [T, 1, M].
+    """
+    shape, tokens, mixed = streams.shape, streams.flatten(0, 1), mixed_gradient.flatten(0, 1)
+    mixing, read = tokens.new_empty(len(tokens), shape[2], shape[2]), tokens.new_empty(len(tokens), 1, shape[2])
+    for block in blocks(tokens):
+        torch.bmm(mixed[block], tokens[block].mT, out=mixing[block])
+        torch.bmm(read_gradient[block], tokens[block].mT, out=read[block])
+    mixing = full(mixing).unflatten(0, shape[:2]).permute(3, 2, 0, 1)
+    return mixing, full(read)[:, 0].unflatten(0, shape[:2]).movedim(-1, 0)
 
 
 def _by_row(gates: Tensor, count: int) -> Tensor:
@@ -199,9 +225,14 @@ def _read(streams: Tensor, read: Tensor, into: Tensor | None = None) -> Tensor:
     return result
 
 
-def _token_first(x: Tensor, like: Tensor) -> Tensor:
+def _token_first(x: Tensor) -> Tensor:
     """[C, B, S] as [T, C], contiguous, or products would copy matrix by matrix."""
-    return x.movedim(0, -1).flatten(0, 1).to(like.dtype).contiguous()
+    return x.movedim(0, -1).flatten(0, 1).contiguous()
+
+
+def _matrices(mixing: Tensor) -> Tensor:
+    """[source, destination, B, S] as [T, destination, source], contiguous."""
+    return mixing.permute(2, 3, 1, 0).flatten(0, 1).contiguous()
 
 
 class UnconstrainedHyperConnection(_Connection):
@@ -220,7 +251,7 @@ class UnconstrainedHyperConnection(_Connection):
         self.gates = nn.Parameter(torch.empty(3))
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Coefficients]:
-        """Collapsed input [B, S, M], streams, coefficients."""
+        """Collapsed input [B, S, M], streams for `merge` and nothing else, coefficients."""
         count = self.count
         with full_precision(streams.device.type):
             normalised = rms_norm(full(streams), self.norm_eps)
@@ -232,25 +263,35 @@ class UnconstrainedHyperConnection(_Connection):
         pre = pre[0] * gates[0] + biases[0][:, None, None]
         post = post[0] * gates[1] + biases[1][:, None, None]
         mixing = mixing.transpose(0, 1) * gates[2] + biases[2].view(count, count, 1, 1)
-        return *collapse(streams, pre), Coefficients(mixing, post, _token_first(pre.detach(), streams)[:, None])
+        mixing, post, read = _matrices(mixing), _token_first(post)[:, :, None], _token_first(pre)[:, None]
+        collapsed, streams = collapse(streams, pre)
+        unmixed = _Mix.apply(streams, mixing)
+        return collapsed, unmixed, Coefficients(mixing.detach(), post, read.detach().to(streams.dtype))
 
 
-def merge_streams(streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor, into: Tensor | None = None) -> Tensor:
-    """new_k = sum_j mixing[j, k] x_j + post_k * output, in the streams' dtype: [B, S, C, M], [B, S, M] -> [B, S, C, M].
+class _Mix(torch.autograd.Function):
+    """The mixed streams, unmixed as `_Merge` takes them. mixing: [T, destination, source]."""
 
-    mixing: [source, destination, B, S]; post: [destination, B, S]. into: for the result, then without gradient.
-    """
-    # Contiguous, or bmm copies matrix by matrix
-    mixing = mixing.permute(2, 3, 1, 0).flatten(0, 1).contiguous().to(streams.dtype)
-    post = _token_first(post, streams)[:, :, None]
-    output = output.to(streams.dtype)
-    return _Merge.apply(streams, output, mixing, post) if into is None else _merged(streams, output, mixing, post, into)
+    @staticmethod
+    def forward(ctx, streams: Tensor, mixing: Tensor) -> Tensor:
+        ctx.save_for_backward(streams, mixing)
+        return streams.view_as(streams)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        streams, mixing = ctx.saved_tensors
+        tokens, gradient = streams.flatten(0, 1), gradient.flatten(0, 1)
+        with full_precision(streams.device.type):
+            streams_gradient = torch.bmm(mixing.to(tokens.dtype).mT, gradient).view_as(streams)
+            return streams_gradient, torch.bmm(gradient, tokens.mT).to(mixing.dtype)
 
 
-def _merged(streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor, into: Tensor) -> Tensor:
+def _merged(unmixed: Tensor, output: Tensor, mixing: Tensor, post: Tensor, into: Tensor) -> Tensor:
     """Products token by token: mixing [T, destination, source], post [T, destination, 1]."""
-    tokens, output, merged = streams.flatten(0, 1), output.flatten(0, 1)[:, None], into.flatten(0, 1)
-    with full_precision(streams.device.type):
+    tokens, output, merged = unmixed.flatten(0, 1), output.flatten(0, 1)[:, None], into.flatten(0, 1)
+    mixing, post = mixing.to(tokens.dtype), post.to(tokens.dtype)
+    with full_precision(unmixed.device.type):
         for block in blocks(tokens):
             own = torch.mul(post[block], output[block], out=merged[block])
             torch.baddbmm(own, mixing[block], tokens[block], out=own)
@@ -258,33 +299,31 @@ def _merged(streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor, into:
 
 
 class _Merge(torch.autograd.Function):
-    """`_merged` with its gradients."""
+    """`_merged` with its gradients, that of the mixed streams for `unmixed`."""
 
     @staticmethod
-    def forward(ctx, streams: Tensor, output: Tensor, mixing: Tensor, post: Tensor) -> Tensor:
-        ctx.save_for_backward(streams, output, mixing, post)
-        return _merged(streams, output, mixing, post, streams.new_empty(streams.shape))
+    def forward(ctx, unmixed: Tensor, output: Tensor, mixing: Tensor, post: Tensor) -> Tensor:
+        ctx.save_for_backward(output, post)
+        return _merged(unmixed, output, mixing, post, unmixed.new_empty(unmixed.shape))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        streams, output, mixing, post = ctx.saved_tensors
-        results = [x.new_empty(x.shape) for x in (streams, output, mixing, post)]
-        tokens, outputs, gradient = streams.flatten(0, 1), output.flatten(0, 1)[:, None], gradient.flatten(0, 1)
-        into = [results[0].flatten(0, 1), results[1].flatten(0, 1)[:, None], results[2], results[3].mT]
-        with full_precision(streams.device.type):
+        output, post = ctx.saved_tensors
+        output_gradient, post_gradient = output.new_empty(output.shape), output.new_empty(post.shape)
+        outputs, tokens, factors = output.flatten(0, 1)[:, None], gradient.flatten(0, 1), post.mT.to(output.dtype)
+        into = output_gradient.flatten(0, 1)[:, None], post_gradient.mT
+        with full_precision(output.device.type):
             for block in blocks(tokens):
-                own, (x, o, m, p) = gradient[block], (part[block] for part in into)
-                torch.bmm(mixing[block].mT, own, out=x)
-                torch.bmm(post[block].mT, own, out=o)
-                torch.bmm(own, tokens[block].mT, out=m)
+                own, (o, p) = tokens[block], (part[block] for part in into)
+                torch.bmm(factors[block], own, out=o)
                 torch.bmm(outputs[block], own.mT, out=p)
-        return tuple(results)
+        return gradient, output_gradient, None, post_gradient.to(post.dtype)
 
 
 def collapse(streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """sum_i pre_i x_i: [B, S, C, M], [C, B, S] -> [B, S, M]; and the streams, as `stream_projection` returns them."""
-    return _Collapse.apply(streams, _token_first(pre, streams)[:, None])
+    return _Collapse.apply(streams, _token_first(pre)[:, None].to(streams.dtype))
 
 
 class _Collapse(torch.autograd.Function):

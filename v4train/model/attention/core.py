@@ -2,7 +2,7 @@
 
 Works query chunk by query chunk; backward computes each chunk's weights again from the saved log-sum-exp. Memory is
 linear in the sequence: no [S, S] tensor exists. The indexer's scores, its selection and its KL loss live in the same
-chunks, for the same reason.
+chunks, for the same reason; the loss's gradient is made with it, in forward, and kept instead of the indexer's inputs.
 
 Keys come from two places. `local` tokens are the sequence itself, seen through a window or as far as the document goes.
 `entries` are a list beside it: compressed entries (csa, hca), all tokens, to be selected from (dsa), or global tokens.
@@ -14,6 +14,7 @@ selected ones, I indexer heads, J their width.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -22,25 +23,27 @@ from torch.autograd.function import once_differentiable
 
 from v4train.model.attention.selection import (
     IndexUse,
+    Scored,
     add_rows,
     index_scores,
     indexer_kl,
     normalised,
+    score_gradients,
     select_by_index,
     select_top_k,
     selection_mask,
     take_rows,
-    uniform_kl,
 )
 from v4train.model.attention.softmax import join, plain_normaliser
 from v4train.model.attention.terms import Entries, Gathered, Inputs, InReach, Layout, Local, Part, Tokens, Window
+from v4train.model.config import GATHER_FROM, MEASURED_ENTRIES
 from v4train.model.precision import full, full_precision
 from v4train.model.seams import Heads
 
-GATHER_FROM = 4  # entries in reach, as a multiple of K, from which gathering is the faster way (docs/performance.md)
 GATHERED = 2**21  # elements gathered at a time, at most: what a cache holds
 ALL = Heads()
-MEASURED_ENTRIES = 128  # for each query, of the dense attention that `recall` compares the selection with
+MAIN = 6  # of `Inputs`, before the indexer's
+INDEX = slice(MAIN, None)
 
 
 class Attended(NamedTuple):
@@ -107,15 +110,26 @@ class _Chunk:
 
     def select(self) -> Tensor:
         """The best entries of each query, [B, Q, K] int64."""
-        index_query, index_keys, head_weight = self._scored(self.reach)
+        if not self.gathers:
+            best = select_top_k(self.scores_in_reach.scores, self.visible(), self.layout.index.top_k)
+            return torch.where(best < 0, -1, best + self.reach.start)
 
         def visible(entries: slice) -> Tensor:
             entries = slice(self.reach.start + entries.start, self.reach.start + entries.stop)
             return self.layout.seen.visible(self.begin, self.stop, entries)
 
         layout = self.layout
-        best = select_by_index(index_query, index_keys, head_weight, visible, layout.index.top_k, layout.heads)
+        best = select_by_index(*self._index_inputs(), visible, layout.index.top_k, layout.heads)
         return torch.where(best < 0, -1, best + self.reach.start)
+
+    @cached_property
+    def scores_in_reach(self) -> Scored:
+        return index_scores(*self._index_inputs(), self.layout.heads)
+
+    def _index_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The indexer's query, keys in reach and head weights."""
+        here, inputs = slice(self.begin, self.stop), self.inputs
+        return inputs.index_query[:, here], inputs.index_keys[:, self.reach], inputs.head_weight[:, here]
 
     def parts(self) -> list[Part]:
         """The terms of this chunk's softmax; where there are entries, the last one holds them."""
@@ -137,40 +151,44 @@ class _Chunk:
         inside = torch.where(self.chosen < 0, -1, self.chosen - self.reach.start)
         return selection_mask(inside, self.num_entries)
 
-    def learning(self, with_gradient: bool) -> tuple[list[Tensor], Tensor, Tensor]:
-        """(leaves, scores, attended) of the KL: over chosen entries [B*Q, 1, K], or those in reach [B, Q, n].
-
-        leaves: the indexer's query, keys and head weight.
-        """
-        index_query, index_keys, head_weight = self._scored(self.reach)
-        if self.gathers:
-            leaves = [
-                index_query.flatten(0, 1)[:, None],
-                take_rows(self.inputs.index_keys, self.chosen),
-                head_weight.flatten(0, 1)[:, None],
-            ]
-            attended = (self.chosen >= 0).flatten(0, 1)[:, None]
-        else:
-            leaves, attended = [index_query, index_keys, head_weight], self.attended()
-        leaves = [leaf.detach().requires_grad_(with_gradient) for leaf in leaves]
-        with torch.set_grad_enabled(with_gradient):
-            return leaves, index_scores(*leaves, self.layout.heads), attended
+    def learning(self) -> tuple[Scored, Tensor]:
+        """Scores and attended entries that the KL compares: the chosen [B*Q, 1, K], or those in reach [B, Q, n]."""
+        if not self.gathers:
+            return self.scores_in_reach, self.attended()
+        query, _, head_weight = self._index_inputs()
+        query, head_weight = (x.flatten(0, 1)[:, None] for x in (query, head_weight))
+        scored = index_scores(query, take_rows(self.inputs.index_keys, self.chosen), head_weight, self.layout.heads)
+        return scored, (self.chosen >= 0).flatten(0, 1)[:, None]
 
     def probabilities(self, part: InReach | Gathered, normaliser: Tensor) -> Tensor:
         """Weights of the entries under the whole softmax [B, Q, H], summed over all heads."""
         return self.layout.heads.reduce(part.entry_probabilities(normaliser))
 
-    def measures(self, part: InReach | Gathered, local: list[Tensor], normaliser: Tensor) -> Tensor:
+    def learn(
+        self, part: InReach | Gathered, local: list[Tensor], normaliser: Tensor, gradients: list[Tensor] | None
+    ) -> Tensor:
         """(kl, uniform kl, recalled, recallable) of this chunk: fp32 [4].
 
         Args:
             part: the entries'; local: normalisers of the other parts; normaliser: of the whole. [B, Q, H] each.
+            gradients: of the KL, for the indexer's query, keys and head weights: this chunk's are added.
         """
-        _, scores, attended = self.learning(with_gradient=False)
-        probabilities = self.probabilities(part, normaliser).view(scores.shape)
-        kls = [indexer_kl(scores, attended, probabilities), uniform_kl(attended, probabilities)]
-        recall = self._recall(scores, probabilities, local)
-        return torch.stack([*kls, *recall])
+        scored, attended = self.learning()
+        probabilities = self.probabilities(part, normaliser).view(attended.shape)
+        kl, uniform, score_gradient = indexer_kl(scored.scores, attended, probabilities)
+        if gradients is not None:
+            self._add(gradients, score_gradients(scored, score_gradient))
+        return torch.stack([kl, uniform, *self._recall(scored.scores, probabilities, local)])
+
+    def _add(self, gradients: list[Tensor], changes: tuple[Tensor, Tensor, Tensor]) -> None:
+        query, keys, head_weight = changes
+        here = slice(self.begin, self.stop)
+        gradients[0][:, here] = query.view_as(gradients[0][:, here])
+        gradients[2][:, here] = head_weight.view_as(gradients[2][:, here])
+        if self.gathers:
+            add_rows(gradients[1], self.chosen, keys)
+        else:
+            gradients[1][:, self.reach] += keys
 
     def _recall(self, scores: Tensor, probabilities: Tensor, local: list[Tensor]) -> list[Tensor]:
         """(recalled, recallable); of the dense attention's probabilities [B, Q, n], given where that is attended to."""
@@ -192,24 +210,6 @@ class _Chunk:
         counts = visible.sum(-1) > top_k
         held = normalised(probabilities).gather(-1, chosen).sum(-1)
         return [step * (held * counts).sum(), step * counts.sum()]
-
-    def add_kl_gradients(self, gradients: list[Tensor], probabilities: Tensor, kl_gradient: Tensor) -> None:
-        """Gradient of the KL with respect to the indexer's query, keys and head weights, by autograd."""
-        leaves, scores, attended = self.learning(with_gradient=True)
-        with torch.enable_grad():
-            kl = indexer_kl(scores, attended, probabilities.view(scores.shape))
-        query, keys, head_weight = torch.autograd.grad(kl, leaves, kl_gradient)
-        here = slice(self.begin, self.stop)
-        gradients[0][:, here] += query.view_as(gradients[0][:, here])
-        gradients[2][:, here] += head_weight.view_as(gradients[2][:, here])
-        if self.gathers:
-            add_rows(gradients[1], self.chosen, keys)
-        else:
-            gradients[1][:, self.reach] += keys
-
-    def _scored(self, entries: slice) -> tuple[Tensor, Tensor, Tensor]:
-        here = slice(self.begin, self.stop)
-        return self.inputs.index_query[:, here], self.inputs.index_keys[:, entries], self.inputs.head_weight[:, here]
 
 
 def _chunks(inputs: Inputs, layout: Layout) -> Iterator[tuple[int, int]]:
@@ -236,7 +236,11 @@ class _Attend(torch.autograd.Function):
         output = tensors[0].new_empty(batch, length, heads, layout.width)
         normaliser = full(query.new_empty(batch, length, heads))  # log-sum-exp, sink included
         measures = normaliser.new_zeros(4)
-        selected = None
+        index_gradients, selected = None, None
+        if layout.learns and any(ctx.needs_input_grad[INDEX]):
+            # An fp32 sum: many chunks add to the same key
+            index_gradients = [torch.zeros_like(x) for x in tensors[INDEX]]
+            index_gradients[1] = full(index_gradients[1])
         if layout.selects:
             width = min(layout.index.top_k, inputs.entries.shape[2])
             selected = torch.full((batch, length, width), -1, dtype=torch.int32, device=query.device)
@@ -251,8 +255,10 @@ class _Attend(torch.autograd.Function):
             normaliser[:, begin:stop] = joint
             output[:, begin:stop] = sum(values.mul_(torch.exp(own - joint)[..., None]) for values, own in softmaxes)
             if layout.learns and chunk.num_entries:
-                measures += chunk.measures(parts[-1], [own for _, own in softmaxes[:-1]], joint)
-        ctx.save_for_backward(*tensors, output, normaliser, selected)
+                measures += chunk.learn(parts[-1], [own for _, own in softmaxes[:-1]], joint, index_gradients)
+        if index_gradients is not None:
+            index_gradients = [g.to(x.dtype) for g, x in zip(index_gradients, tensors[INDEX], strict=True)]
+        ctx.save_for_backward(*tensors[:MAIN], output, normaliser, selected, *(index_gradients or ()))
         ctx.layout = layout
         results = (output, *measures)
         ctx.mark_non_differentiable(*results[2:])
@@ -261,24 +267,24 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, output_gradient, kl_gradient, *_):
-        *tensors, output, normaliser, selected = ctx.saved_tensors
-        inputs, layout = _computed(tensors), ctx.layout
+        saved = ctx.saved_tensors
+        (*tensors, output, normaliser, selected), index_gradients = saved[: MAIN + 3], saved[MAIN + 3 :]
+        index_gradients = [x * kl_gradient for x in index_gradients] or [None] * 3
+        if not any(ctx.needs_input_grad[:MAIN]):  # the indexer alone is trained
+            return *[None] * MAIN, *index_gradients, None
+        inputs, layout = _computed([*tensors, None, None, None]), ctx.layout
         # fp32 sums: many chunks add to the same key
-        gradients = [None if tensor is None else full(torch.zeros_like(tensor)) for tensor in inputs]
-        main = any(ctx.needs_input_grad[:6])  # or the indexer alone is trained
-        if main and inputs.sink is not None:
+        gradients = [None if x is None else full(torch.zeros_like(x)) for x in inputs[:MAIN]]
+        if inputs.sink is not None:
             correction = torch.linalg.vecdot(full(output), full(output_gradient))
             gradients[5] -= (torch.exp(full(inputs.sink) - normaliser) * correction).sum((0, 1))
         for begin, stop in _chunks(inputs, layout):
             chosen = None if selected is None else selected[:, begin:stop].long()
             chunk = _Chunk(inputs, layout, begin, stop, chosen)
-            parts = chunk.parts()
-            for part in parts if main else ():
+            for part in chunk.parts():
                 given = (part.arrange(x[:, begin:stop]) for x in (output_gradient, output, normaliser))
                 own_query, keys, values = part.term.backward(*given)
                 gradients[0][:, begin:stop] += part.restore(own_query)
                 part.add(gradients[1:5], keys, values)
-            if layout.learns and chunk.num_entries:
-                probabilities = chunk.probabilities(parts[-1], normaliser[:, begin:stop])
-                chunk.add_kl_gradients(gradients[6:], probabilities, kl_gradient)
-        return *(None if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True)), None
+        gradients = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True)]
+        return *gradients, *index_gradients, None

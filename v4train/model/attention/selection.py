@@ -5,6 +5,7 @@ Shapes: B batch, Q queries, N entries, K selected ones, I indexer heads, J their
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,14 +29,26 @@ class IndexUse:
     with_loss: bool  # compute the KL to the main attention
 
 
-def index_scores(query: Tensor, keys: Tensor, head_weight: Tensor, heads: Heads = ALL) -> Tensor:
+class Scored(NamedTuple):
+    """Scores of entries, and what they were computed from: fp32."""
+
+    query: Tensor  # [B, Q, I, J]
+    keys: Tensor  # [B, N, J]
+    head_weight: Tensor  # [B, Q, I]
+    products: Tensor  # [B, Q, I, N], ReLU(q_h . k_s)
+    scores: Tensor  # [B, Q, N]
+
+
+def index_scores(query: Tensor, keys: Tensor, head_weight: Tensor, heads: Heads = ALL) -> Scored:
     """sum_h w_h ReLU(q_h . k_s), fp32 (V4 report eq. 16): [B, Q, I, J], [B, N, J], [B, Q, I] -> [B, Q, N].
 
     heads: which share of the indexer's heads these are; the sum is over all.
     """
     with full_precision(query.device.type):
-        products = torch.bmm(full(query).flatten(1, 2), full(keys).mT).view(*query.shape[:3], -1).relu()
-        return heads.reduce(torch.matmul(full(head_weight)[:, :, None], products)[:, :, 0])
+        query, keys, head_weight = full(query), full(keys), full(head_weight)
+        products = torch.bmm(query.flatten(1, 2), keys.mT).view(*query.shape[:3], -1).relu()
+        scores = heads.reduce(torch.matmul(head_weight[:, :, None], products)[:, :, 0])
+        return Scored(query, keys, head_weight, products, scores)
 
 
 def select_top_k(scores: Tensor, visible: Tensor, top_k: int) -> Tensor:
@@ -68,11 +81,11 @@ def select_by_index(
     """
     count = keys.shape[1]
     if count <= max(ENTRIES_AT_ONCE, top_k) or query.dtype == torch.float64:
-        return select_top_k(index_scores(query, keys, head_weight, heads), visible(slice(0, count)), top_k)
+        return select_top_k(index_scores(query, keys, head_weight, heads).scores, visible(slice(0, count)), top_k)
     best = None
     for begin in range(0, count, ENTRIES_AT_ONCE):
         some = slice(begin, min(begin + ENTRIES_AT_ONCE, count))
-        ranks = _ranks(index_scores(query, keys[:, some], head_weight, heads), visible(some), begin)
+        ranks = _ranks(index_scores(query, keys[:, some], head_weight, heads).scores, visible(some), begin)
         ranks = ranks.topk(min(top_k, ranks.shape[-1]), dim=-1, sorted=False).values
         best = ranks if best is None else torch.cat([best, ranks], dim=-1)
         best = best.topk(min(top_k, best.shape[-1]), dim=-1, sorted=False).values
@@ -120,24 +133,34 @@ def normalised(probabilities: Tensor) -> Tensor:
     return probabilities / probabilities.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def indexer_kl(scores: Tensor, attended: Tensor, probabilities: Tensor) -> Tensor:
-    """Sum over queries of KL(teacher || softmax(index scores)) on the attended entries (V4.md 2.3).
+class IndexerKL(NamedTuple):
+    """Sums over queries; those with nothing attended count 0."""
+
+    kl: Tensor  # KL(teacher || softmax(index scores)) on the attended entries (V4.md 2.3)
+    uniform: Tensor  # the same with equal scores for all of them
+    score_gradient: Tensor  # [B, Q, N], of `kl`
+
+
+def indexer_kl(scores: Tensor, attended: Tensor, probabilities: Tensor) -> IndexerKL:
+    """Of scores [B, Q, N] fp32.
 
     Args:
-        scores: [B, Q, N] fp32, with gradient.
         attended: [B, Q, N] bool, the entries compared: all visible ones or the selected ones.
         probabilities: [B, Q, N] of the main attention under its joint softmax (window and sink in the
             denominator), summed over heads. Normalised over entries they are the teacher; no gradient flows to it.
-
-    Returns:
-        Scalar. Queries with nothing attended count 0.
     """
-    teacher, anything = normalised(probabilities), attended.any(-1, keepdim=True)
-    student = scores.masked_fill(~attended & anything, -torch.inf).log_softmax(-1).masked_fill(~attended, 0)
-    return (torch.special.xlogy(teacher, teacher) - teacher * student).sum()
+    teacher, count = normalised(probabilities), attended.sum(-1, keepdim=True)
+    student = scores.masked_fill(~attended & (count > 0), -torch.inf).log_softmax(-1)
+    change = torch.exp(student).mul_(teacher.sum(-1, keepdim=True)).sub_(teacher)
+    entropy = torch.special.xlogy(teacher, teacher).sum()
+    kl = entropy - (teacher * student.masked_fill(~attended, 0)).sum()
+    return IndexerKL(kl, entropy + (teacher * count.clamp(min=1).to(teacher.dtype).log()).sum(), change)
 
 
-def uniform_kl(attended: Tensor, probabilities: Tensor) -> Tensor:
-    """`indexer_kl` of an indexer that gives all attended entries the same score."""
-    teacher, count = normalised(probabilities), attended.sum(-1, keepdim=True).clamp(min=1)
-    return (torch.special.xlogy(teacher, teacher) + teacher * count.log()).sum()
+def score_gradients(scored: Scored, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the query, keys and head weights from that of the scores [B, Q, N]."""
+    query, keys, head_weight, products, _ = scored
+    of_weight = torch.matmul(products, gradient[..., None])[..., 0]
+    of_products = (products > 0).mul(gradient[:, :, None]).mul_(head_weight[..., None]).flatten(1, 2)
+    of_query = torch.bmm(of_products, keys).view_as(query)
+    return of_query, torch.bmm(of_products.mT, query.flatten(1, 2)), of_weight

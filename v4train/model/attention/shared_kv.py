@@ -59,7 +59,8 @@ class SharedKVAttention(nn.Module):
         turned = rotate(output, rotation.conj())
         grouped = turned.flatten(-2).unflatten(-1, (-1, options.num_heads // options.o_groups * options.head_dim))
         down = self.output_down(grouped)
-        forget(turned, again=lambda x: x.copy_(rotate(output, rotation.conj())), needed_by=down, inside=self)
+        again = lambda into: into.copy_(rotate(output, rotation.conj()))  # noqa: E731
+        forget(turned, again=again, needed_by=down, inside=self, hidden=x)
         if cache is not None:
             cache.length += x.shape[1]
         return self.output_up(down.flatten(-2))
