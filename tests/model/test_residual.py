@@ -94,6 +94,19 @@ def test_gradient_of_sinkhorn():
     assert expected.abs().max() > 0.1
 
 
+def test_sinkhorn_leaves_the_number_of_threads_alone():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        results = [sinkhorn(logits, 3, 1e-6)[0] for logits in (torch.zeros(4, 4, 5), torch.zeros(4, 4, 5000))]
+        assert all(torch.allclose(result, torch.tensor(0.25)) for result in results) and torch.get_num_threads() == 2
+        with pytest.raises(RuntimeError):
+            sinkhorn(torch.zeros(4, 4, 5, dtype=torch.int32), 3, 1e-6)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_gradient_of_sinkhorn_survives_fp32_and_large_logits():
     logits = 15 * random(4, 4, 200)
     exact, ours = gradient_of_sinkhorn(logits, 1e-6), gradient_of_sinkhorn(logits.float(), 1e-6)

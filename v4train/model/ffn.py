@@ -32,12 +32,21 @@ class Activation(NamedTuple):
         gate, up = self._clamped(gate_up)
         return self._unit(gate).mul_(up + self.shift if self.shift else up)
 
-    def backward(self, gate_up: Tensor, gradient: Tensor) -> Tensor:
+    def unit(self, gate_up: Tensor) -> Tensor:
+        """The factor g sigmoid(slope g) alone, [..., I]."""
+        return self._unit(self._clamped(gate_up)[0])
+
+    def gated(self, gate_up: Tensor, unit: Tensor) -> Tensor:
+        """The result, from its factor `unit`."""
+        up = self._clamped(gate_up)[1]
+        return unit * (up + self.shift if self.shift else up)
+
+    def backward(self, gate_up: Tensor, gradient: Tensor, unit: Tensor | None = None) -> Tensor:
         """Gradient [..., 2I] with respect to `gate_up`, of the output's [..., I]; each pass over memory counts."""
         gate, up = self._clamped(gate_up)
         result = torch.empty_like(gate_up)
         gate_gradient, up_gradient = result.chunk(2, dim=-1)
-        torch.mul(gradient, self._unit(gate), out=up_gradient)
+        torch.mul(gradient, self._unit(gate) if unit is None else unit, out=up_gradient)
         change = (up + self.shift if self.shift else up) * gradient
         torch.ops.aten.silu_backward.grad_input(change, self._sloped(gate), grad_input=gate_gradient)
         if self.limit is not None:

@@ -3,8 +3,10 @@ layer of a part whose inner channels may be shared out."""
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from v4train.model.precision import product_dtype
 from v4train.model.seams import Seams
 
 
@@ -27,8 +29,30 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(groups, out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        grouped = x.flatten(0, -3).transpose(0, 1)
-        return torch.bmm(grouped, self.weight.mT).transpose(0, 1).unflatten(0, x.shape[:-2])
+        dtype = product_dtype(x)
+        return _Grouped.apply(x.to(dtype), self.weight.to(dtype))
+
+
+class _Grouped(torch.autograd.Function):
+    """Autograd's own gradient of the weight would copy the transposed inputs (torch 2.13)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _each(x, weight.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        x, weight = ctx.saved_tensors
+        rows, inputs = (part.flatten(0, -3).transpose(0, 1) for part in (gradient, x))
+        return _each(gradient, weight), torch.bmm(rows.mT, inputs)
+
+
+def _each(x: Tensor, matrices: Tensor) -> Tensor:
+    """[..., G, in] times [G, in, out]."""
+    product = torch.bmm(x.flatten(0, -3).transpose(0, 1), matrices)
+    return product.transpose(0, 1).unflatten(0, x.shape[:-2])
 
 
 class SharedOutLinear(nn.Linear):

@@ -3,10 +3,33 @@
 Shapes: C streams; matrices are [source, destination, ...], so that sums over streams are vectorised over tokens.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
 
+SMALL = 2**16  # elements of an operation for which a second thread takes as long to wake as it saves
 
+
+def _by_one_thread_if_small(function: Callable) -> Callable:
+    """`function` of tensors, which does many operations one after another on as much as the first of them."""
+
+    @wraps(function)
+    def limited(first: Tensor, *others):
+        threads = torch.get_num_threads()
+        if threads == 1 or first.device.type != "cpu" or first.numel() > SMALL:
+            return function(first, *others)
+        torch.set_num_threads(1)
+        try:
+            return function(first, *others)
+        finally:
+            torch.set_num_threads(threads)
+
+    return limited
+
+
+@_by_one_thread_if_small
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> tuple[Tensor, ...]:
     """Approximately doubly stochastic matrices from logits [C, C, ...], same shape; then what backward needs.
 
@@ -28,6 +51,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> tuple[Tensor, ...]:
     return x * rows * columns, x, factors
 
 
+@_by_one_thread_if_small
 def sinkhorn_backward(gradient: Tensor, eps: float, x: Tensor, factors: Tensor) -> Tensor:
     """Gradient of the logits [C, C, ...] from that of the matrices and the rest of `sinkhorn`'s results."""
     rows, columns = _last(factors)

@@ -273,18 +273,22 @@ class _Attend(torch.autograd.Function):
         if not any(ctx.needs_input_grad[:MAIN]):  # the indexer alone is trained
             return *[None] * MAIN, *index_gradients, None
         inputs, layout = _computed([*tensors, None, None, None]), ctx.layout
-        # fp32 sums: many chunks add to the same key
-        gradients = [None if x is None else full(torch.zeros_like(x)) for x in inputs[:MAIN]]
+        # fp32 sums: many chunks add to the same key, but each has queries of its own
+        gradients = [None if x is None else full(torch.zeros_like(x)) for x in inputs[1:MAIN]]
+        query_gradient = torch.empty_like(inputs.query)
         if inputs.sink is not None:
             correction = torch.linalg.vecdot(full(output), full(output_gradient))
-            gradients[5] -= (torch.exp(full(inputs.sink) - normaliser) * correction).sum((0, 1))
+            gradients[4] -= (torch.exp(full(inputs.sink) - normaliser) * correction).sum((0, 1))
         for begin, stop in _chunks(inputs, layout):
             chosen = None if selected is None else selected[:, begin:stop].long()
             chunk = _Chunk(inputs, layout, begin, stop, chosen)
+            of_query = []
             for part in chunk.parts():
                 given = (part.arrange(x[:, begin:stop]) for x in (output_gradient, output, normaliser))
                 own_query, keys, values = part.term.backward(*given)
-                gradients[0][:, begin:stop] += part.restore(own_query)
-                part.add(gradients[1:5], keys, values)
+                of_query.append(full(part.restore(own_query)))
+                part.add(gradients[:4], keys, values)
+            query_gradient[:, begin:stop] = sum(of_query)
+        gradients = [query_gradient, *gradients]
         gradients = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True)]
         return *gradients, *index_gradients, None
