@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from tests.distributed.launch import launch
+from tests.distributed.training_worker import uneven_bias
 from tests.runs import MIXED, STEPS, checkpoint_digests, losses, tiny
 from v4train.config import load
-from v4train.model import build_model
+from v4train.model import build_model, init
 from v4train.optim.param_groups import is_muon_parameter
 from v4train.train.checkpoint import Reader, load_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
 
 OPTIMIZERS = ("adamw", "muon")
+STREAMS = 4
 LOSS = {"adamw": 1e-5, "muon": 1e-4}
 COMMON = [
     "train.sample_tokens=6",
@@ -24,7 +26,7 @@ COMMON = [
     "model.attention.indexer.num_heads=4",
     "model.attention.dsa.num_heads=4",
     "train.grad_clip=0.05",  # below the norm of every step
-    "optimizer.eps=1e-6",  # above the rounding of gradients: mHC's are nothing else while the streams are equal
+    "optimizer.eps=1e-6",  # above the rounding of gradients: of mHC's first mixing, for equal streams, there is no more
 ]
 SHARD_ALL = "+parallelism.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
 TWO = {
@@ -64,7 +66,7 @@ def train(base: Path, ranks: int, jobs: dict[str, list[str]]) -> None:
     folder.mkdir(parents=True)
     path = folder / "jobs.json"
     path.write_text(json.dumps([tiny(base, name, *COMMON, *overrides) for name, overrides in jobs.items()]))
-    launch("tests.distributed.training_worker", ranks, [str(path), str(folder)], folder, timeout=240)
+    launch("tests.distributed.training_worker", ranks, [str(path), str(folder), "uneven"], folder, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,9 @@ def base(tmp_path_factory) -> Path:
     """Folder with the single-process runs that all others are compared with."""
     base = tmp_path_factory.mktemp("layouts")
     jobs = {f"reference_{name}": [f"optimizer={name}", "parallelism=zero0"] for name in OPTIMIZERS}
-    train(base, 1, jobs | {"reference_mixed": ["optimizer=muon", "parallelism=zero0", *MIXED]})
+    jobs["reference_mixed"] = ["optimizer=muon", "parallelism=zero0", *MIXED]
+    jobs["reference_summed_otherwise"] = ["optimizer=muon", "parallelism=zero0", "train.micro_batch_size=1"]
+    train(base, 1, jobs)
     return base
 
 
@@ -118,8 +122,26 @@ def weights(base: Path, run: str) -> dict[str, torch.Tensor]:
     return Reader(base / run / "checkpoints" / f"step_{STEPS:08d}").weights()
 
 
+def effective(key: str, update: torch.Tensor) -> list[torch.Tensor]:
+    """What of an update changes the model.
+
+    Of mHC's mixing, constants for each source and destination go in Sinkhorn's divisions. At the first site, where all
+    streams are equal, no mixing does anything, and reading them only by its sum.
+    """
+    if not key.endswith("residual.projection"):
+        return [update]
+    pre, post, mixing = update.split([STREAMS, STREAMS, STREAMS**2])
+    if key.startswith("blocks.0.attention_residual"):
+        return [pre.sum(0), post]
+    mixing = mixing.unflatten(0, (STREAMS, STREAMS))
+    mixing = mixing - mixing.mean(0, keepdim=True)
+    return [pre, post, mixing - mixing.mean(1, keepdim=True)]
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_weights_are_those_of_one_process(layout, optimizer):
+def test_weights_are_those_of_one_process(layout, optimizer, monkeypatch):
+    """Muon makes a whole update of each direction of a gradient, however small: mHC's projections have some near
+    rounding. They may differ as much as between two runs of one process that sum in another order."""
     base, name = layout
     got, expected = weights(base, f"{name}_{optimizer}"), weights(base, f"reference_{optimizer}")
     assert got.keys() == expected.keys()
@@ -127,13 +149,17 @@ def test_weights_are_those_of_one_process(layout, optimizer):
         for key, value in expected.items():
             torch.testing.assert_close(got[key], value, atol=2e-5, rtol=0, msg=key)
         return
+    monkeypatch.setattr(init, "_static_bias", uneven_bias)
     start = build_model(load(tiny(base, "start", *COMMON)).model).state_dict()
+    otherwise = weights(base, "reference_summed_otherwise")
     for key, value in expected.items():
-        if key.endswith(("residual.projection", "collapse.projection")):
-            continue  # Muon makes a whole update of a gradient's every direction, of those that are rounding too
-        update, difference = torch.linalg.vector_norm(value - start[key]), got[key] - value
-        close = torch.linalg.vector_norm(difference) <= 1e-3 * update
-        assert close or (difference.abs().max() <= 2e-5 and not is_muon_parameter(key, value)), key
+        changes = (effective(key, x - value) for x in (start[key], got[key], otherwise[key]))
+        for update, difference, order in zip(*changes, strict=True):
+            norm = torch.linalg.vector_norm(difference)
+            close = norm <= 1e-3 * torch.linalg.vector_norm(update)
+            if key.endswith(("residual.projection", "collapse.projection")):
+                close = close or norm <= 10 * torch.linalg.vector_norm(order)
+            assert close or (difference.abs().max() <= 2e-5 and not is_muon_parameter(key, value)), key
 
 
 @pytest.mark.exhaustive

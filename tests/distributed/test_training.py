@@ -21,7 +21,7 @@ def train(base: Path, ranks: int, jobs: dict[str, list[str]]) -> None:
     folder.mkdir(parents=True)
     path = folder / "jobs.json"
     path.write_text(json.dumps([tiny(base, name, *overrides) for name, overrides in jobs.items()]))
-    launch("tests.distributed.training_worker", ranks, [str(path), str(folder)], folder, timeout=240)
+    launch("tests.distributed.training_worker", ranks, [str(path), str(folder), "even"], folder, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_flash_small_trains_the_same_on_every_layout(tmp_path, name, stage):
     for ranks, on in ((1, 1), (2, stage)):
         path, run = tmp_path / f"jobs_{ranks}.json", f"run.dir={tmp_path / str(ranks)}"
         path.write_text(json.dumps([[*common, f"optimizer={name}", f"parallelism=zero{on}", run]]))
-        launch("tests.distributed.training_worker", ranks, [str(path), str(tmp_path)], tmp_path, timeout=140)
+        launch("tests.distributed.training_worker", ranks, [str(path), str(tmp_path), "even"], tmp_path, timeout=140)
     expected, got = losses(tmp_path, "1"), losses(tmp_path, "2")
     assert got == pytest.approx(expected, abs=TOLERANCE[name], rel=0)
 

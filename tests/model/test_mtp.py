@@ -3,10 +3,12 @@
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.model.packings import batch_of, layouts
 from tests.models import random_model, random_tokens, tiny_config
+from v4train.data.loader import Batch
 from v4train.model.mtp import next_tokens
 
 
@@ -32,6 +34,20 @@ def test_next_tokens(layout):
     targets[1, -1] = 5  # the last document goes on in the next row: its next token is known, the one after is not
     for ours, expected in zip(next_tokens(tokens, ids, targets), naive_next_tokens(tokens, ids, targets), strict=True):
         assert torch.equal(ours, expected)
+
+
+@settings(max_examples=30)
+@given(layout=layouts, cut=st.integers(1, 3))
+def test_next_tokens_of_shards(layout, cut):
+    """With two look-ahead tokens each shard of a row has what the whole row has there."""
+    batch = Batch(*batch_of(layout, [7, -1, 30]))
+    whole = next_tokens(batch.input_ids, batch.document_ids, batch.targets)
+    count = max(n for n in range(1, cut + 2) if batch.input_ids.shape[1] % n == 0)
+    shards = [batch.shard(index, count, torch.device("cpu")) for index in range(count)]
+    parts = [next_tokens(shard.input_ids, shard.document_ids, shard.targets) for shard in shards]
+    for expected, *got in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat(got, 1), expected)
+    assert torch.equal(torch.cat([shard.own_targets for shard in shards], 1), batch.targets)
 
 
 def test_next_tokens_spelled_out():

@@ -6,20 +6,39 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from v4train.data.corpus import Corpus
-from v4train.data.packing import Packing, Row
+from v4train.data.packing import IGNORED_TARGET, Packing, Row
 from v4train.data.tokenizer import Tokenizer
 from v4train.errors import ConfigError
 
 
 @dataclass
 class Batch:
-    """int64 tensors [B, S], on the CPU."""
+    """int64 tensors [B, S], from the loader on the CPU."""
 
     input_ids: torch.Tensor
     document_ids: torch.Tensor  # constant within a document, changing at each start; -1 is padding
-    targets: torch.Tensor  # the next token of the same document, -100 where there is none
+    targets: torch.Tensor  # the next token of the same document, -100 where there is none; [B, S + 1] of a shard
+
+    @property
+    def own_targets(self) -> torch.Tensor:
+        """Targets [B, S] of the tokens at hand."""
+        return self.targets[:, : self.input_ids.shape[1]]
+
+    def shard(self, index: int, count: int, device: torch.device) -> "Batch":
+        """One of `count` shards of each row, all as long, in order.
+
+        With two look-ahead tokens: the target of its last token is the first, and behind that one's target, -100 where
+        the row ends, is the second. A target that isn't -100 says that its token belongs to the same document.
+        """
+        if count == 1:
+            return Batch(*(x.to(device) for x in (self.input_ids, self.document_ids, self.targets)))
+        length = self.input_ids.shape[1] // count
+        begin, targets = index * length, F.pad(self.targets, (0, 1), value=IGNORED_TARGET)
+        own = [x[:, begin : begin + length] for x in (self.input_ids, self.document_ids)]
+        return Batch(*(x.contiguous().to(device) for x in (*own, targets[:, begin : begin + length + 1])))
 
 
 def stack_rows(rows: Iterable[Row]) -> Batch:

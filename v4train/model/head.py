@@ -56,6 +56,7 @@ class Head(nn.Module):
     def forward(
         self, streams: Tensor, input_ids: Tensor, document_ids: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        total, count = self.lm_head(self.output_norm(streams), targets)
+        own = targets[:, : streams.shape[1]]  # there may be a look-ahead
+        total, count = self.lm_head(self.output_norm(streams), own)
         self.losses.record("lm_loss", self.losses.mean("lm_loss", total, count))
         return streams, input_ids, document_ids, targets

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, C streams, M hidden.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from v4train.model.attention import INDEXED
 from v4train.model.block import Block
@@ -13,29 +14,21 @@ from v4train.model.embedding import Embedding
 from v4train.model.head import Head, OutputNorm
 from v4train.model.losses import Losses
 from v4train.model.norm import RMSNorm
-from v4train.model.seams import Seams, Sequence
-
-WHOLE = Sequence()
 
 
-def next_tokens(
-    input_ids: Tensor, document_ids: Tensor, targets: Tensor, sequence: Sequence = WHOLE
-) -> tuple[Tensor, Tensor, Tensor]:
+def next_tokens(input_ids: Tensor, document_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What MTP reads and predicts at each position: tokens t+1, documents, tokens t+2, each [B, S] int64.
 
     A position whose next token lies in another document, or beyond the row and unknown, becomes padding
     (document -1): it joins no attention, no loss and no load. The last column's next token is known from `targets`.
 
-    sequence: which tokens of each row these are; the two that follow them are other ranks'.
+    targets: [B, S + 1] where the target of the token after these is known too.
     """
-    ahead = sequence.following(torch.stack([input_ids, document_ids, targets]))
-    if ahead is None:
-        last, document = targets[:, -1:], document_ids[:, -1:]
-        ahead = last.clamp(min=0), torch.where(last >= 0, document, -1), torch.full_like(last, -100)
-    following, documents, after = (
-        torch.cat([own[:, 1:], of_next], dim=1)
-        for own, of_next in zip((input_ids, document_ids, targets), ahead, strict=True)
-    )
+    length = input_ids.shape[1]
+    last = targets[:, length - 1 : length]
+    following = torch.cat([input_ids[:, 1:], last.clamp(min=0)], dim=1)
+    documents = torch.cat([document_ids[:, 1:], torch.where(last >= 0, document_ids[:, -1:], -1)], dim=1)
+    after = targets[:, 1:] if targets.shape[1] > length else F.pad(targets[:, 1:], (0, 1), value=-100)
     known = (documents == document_ids) & (document_ids >= 0)
     return torch.where(known, following, 0), torch.where(known, document_ids, -1), torch.where(known, after, -100)
 
@@ -45,8 +38,6 @@ class MTP(nn.Module):
 
     Embedding and output matrix are the model's own, called as modules (a sharded parameter is gathered by module).
     """
-
-    seams = Seams()
 
     def __init__(self, config: ModelConfig, losses: Losses, embedding: Embedding, head: Head) -> None:
         super().__init__()
@@ -67,7 +58,7 @@ class MTP(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Records `mtp_loss`; hands its inputs on unchanged."""
         embedding, head = self.shared
-        token_ids, documents, after = next_tokens(input_ids, document_ids, targets, self.seams.sequence)
+        token_ids, documents, after = next_tokens(input_ids, document_ids, targets)
         tokens = self.token_projection(self.token_norm(embedding.lookup(token_ids)))
         hidden = tokens[:, :, None] + self.hidden_projection(self.hidden_norm(streams))
         hidden, *_ = self.block(hidden, token_ids, documents, after)

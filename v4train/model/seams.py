@@ -39,10 +39,6 @@ class Sequence:
         """Sum over the shards."""
         return x
 
-    def following(self, x: Tensor) -> Tensor | None:
-        """First token [..., 1] of the next shard of integers x [..., S]; None where the row ends here."""
-        return None
-
 
 class Heads:
     """Heads and inner channels at hand are all there are, or a share of them (tensor parallelism)."""

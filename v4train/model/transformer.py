@@ -80,7 +80,8 @@ class Transformer(nn.Module):
             input_ids: [B, S] int64.
             document_ids: [B, S] int64, constant within a document, changing at each start, -1 for padding; None is
                 one document a row.
-            targets: [B, S] int64, already shifted, -100 where ignored. With targets no [B, S, V] tensor is kept.
+            targets: [B, S] int64, already shifted, -100 where ignored, or [B, S + 1] with the target of the token after
+                these, for MTP. With targets no [B, S, V] tensor is kept.
             cache: from `new_cache`: the tokens follow those it has seen, one document a row, and join it. Logits only,
                 without gradients; nothing is recorded or counted.
 
@@ -141,12 +142,12 @@ class Transformer(nn.Module):
 
     def count(self, input_ids: Tensor, document_ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """What each loss of this batch is a mean over: int64 scalars by loss name, for `losses.denominators`."""
-        counts = {"lm_loss": (targets != -100).sum()}
+        counts = {"lm_loss": (targets[:, : input_ids.shape[1]] != -100).sum()}
         # By kind: from different tokens on they see something. Sorted, because all ranks must have the same order
         for kind in sorted({"csa", "dsa"} & set(self.config.layer_kinds)):
             counts[f"indexer_kl_{kind}"] = self._indexed_tokens(kind, document_ids)
         if self.mtp is not None:
-            _, documents, after = next_tokens(input_ids, document_ids, targets, self.seams.sequence)
+            _, documents, after = next_tokens(input_ids, document_ids, targets)
             counts["mtp_loss"] = (after != -100).sum()
             if (kind := self.config.mtp_layer.kind) in INDEXED_KINDS:
                 counts["indexer_kl_mtp"] = self._indexed_tokens(kind, documents)

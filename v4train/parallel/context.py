@@ -44,7 +44,3 @@ class Shards(Sequence):
 
     def total(self, x: Tensor) -> Tensor:
         return total(x, self.group)
-
-    def following(self, x: Tensor) -> Tensor | None:
-        firsts = gathered(x[..., :1], -1, self.group)
-        return None if self.rank + 1 == self.count else firsts[..., self.rank + 1 : self.rank + 2]

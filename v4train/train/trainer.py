@@ -193,8 +193,8 @@ class Trainer:
         ):
             batch = self._own(batch)
             if self.counts and not self.topology.index("pipeline"):
-                counts += target_counts(batch.targets.cpu(), len(counts))
-                sums["bytes"] += target_bytes(batch.targets.cpu(), self.tokenizer.bytes_per_token)
+                counts += target_counts(batch.own_targets.cpu(), len(counts))
+                sums["bytes"] += target_bytes(batch.own_targets.cpu(), self.tokenizer.bytes_per_token)
             sums["nats"] += self.engine.validation_loss(batch).double() * self.counts
         counts = all_sum_tensor(counts.to(self.topology.device)).cpu()
         totals = all_sum(sums, self.topology.device)
@@ -288,9 +288,7 @@ class Trainer:
 
     def _own(self, batch: Batch) -> Batch:
         """This rank's shard of each row, on its device."""
-        device, count = self.topology.device, self.topology.sizes.context
-        fields = (batch.input_ids, batch.document_ids, batch.targets)
-        return Batch(*(x.chunk(count, dim=1)[self.topology.index("context")].to(device) for x in fields))
+        return batch.shard(self.topology.index("context"), self.topology.sizes.context, self.topology.device)
 
 
 def _due(step: int, every: int) -> bool:
