@@ -28,6 +28,9 @@ COMMON = [
     "train.grad_clip=0.05",  # below the norm of every step
     "optimizer.eps=1e-6",  # above the rounding of gradients: of mHC's first mixing, for equal streams, there is no more
 ]
+# Muon's rounding is 1e-5 of a weight at its usual rate, as much as some token's two best experts may differ by: here
+# updates are small beside the weights, scores are spread, and no choice of the seed's is nearer than 3e-6
+OTHER_KINDS = ["optimizer=muon", *MIXED, "seed=2", "model.init.std=0.1", "optimizer.learning_rate=1e-3"]
 SHARD_ALL = "+parallelism.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
 TWO = {
     "tensor": ["parallelism=tensor"],
@@ -74,7 +77,7 @@ def base(tmp_path_factory) -> Path:
     """Folder with the single-process runs that all others are compared with."""
     base = tmp_path_factory.mktemp("layouts")
     jobs = {f"reference_{name}": [f"optimizer={name}", "parallelism=zero0"] for name in OPTIMIZERS}
-    jobs["reference_mixed"] = ["optimizer=muon", "parallelism=zero0", *MIXED]
+    jobs["reference_mixed"] = [*OTHER_KINDS, "parallelism=zero0"]
     jobs["reference_summed_otherwise"] = ["optimizer=muon", "parallelism=zero0", "train.micro_batch_size=1"]
     train(base, 1, jobs)
     return base
@@ -87,7 +90,7 @@ def layout(base, request) -> tuple[Path, str]:
     jobs = {
         f"{name}_adamw": ["optimizer=adamw", *overrides],
         f"{name}_muon": ["optimizer=muon", *overrides, "train.micro_batch_size=1"],
-        f"{name}_mixed": ["optimizer=muon", *overrides, *MIXED],
+        f"{name}_mixed": [*OTHER_KINDS, *overrides],
     }
     train(base, ranks, jobs)
     return base, name
@@ -141,7 +144,7 @@ def effective(key: str, update: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_weights_are_those_of_one_process(layout, optimizer, monkeypatch):
     """Muon makes a whole update of each direction of a gradient, however small: mHC's projections have some near
-    rounding. They may differ as much as between two runs of one process that sum in another order."""
+    rounding. They may differ ten times as much as two runs of one process that sum in another order."""
     base, name = layout
     got, expected = weights(base, f"{name}_{optimizer}"), weights(base, f"reference_{optimizer}")
     assert got.keys() == expected.keys()
@@ -158,7 +161,8 @@ def test_weights_are_those_of_one_process(layout, optimizer, monkeypatch):
             norm = torch.linalg.vector_norm(difference)
             close = norm <= 1e-3 * torch.linalg.vector_norm(update)
             if key.endswith(("residual.projection", "collapse.projection")):
-                close = close or norm <= 10 * torch.linalg.vector_norm(order)
+                most = min(10 * torch.linalg.vector_norm(order), 0.5 * torch.linalg.vector_norm(update))
+                close = close or norm <= most
             assert close or (difference.abs().max() <= 2e-5 and not is_muon_parameter(key, value)), key
 
 

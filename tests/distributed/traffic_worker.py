@@ -56,13 +56,11 @@ def main(overrides: Path, folder: Path) -> None:
 
 def batch_of(made: Settings, number: int) -> Batch:
     """Rows of one document each; this rank's shard of them."""
-    length = made.train.sequence_length // made.topology.sizes.context
-    begin = made.topology.index("context") * length
     generator = torch.Generator().manual_seed(100 * made.topology.index("data") + number)
     shape = (made.train.micro_batch_size, made.train.sequence_length + 1)
     tokens = torch.randint(made.model.vocab_size, shape, generator=generator)
-    inputs, targets = tokens[:, begin : begin + length], tokens[:, begin + 1 : begin + length + 1]
-    return Batch(inputs.contiguous(), torch.zeros_like(inputs), targets.contiguous())
+    rows = Batch(tokens[:, :-1].contiguous(), torch.zeros_like(tokens[:, :-1]), tokens[:, 1:].contiguous())
+    return rows.shard(made.topology.index("context"), made.topology.sizes.context, made.topology.device)
 
 
 def expected_bytes(made: Settings, engine: Engine, accumulation: int) -> dict[str, float]:

@@ -13,22 +13,22 @@ import torch
 
 from tests.distributed.launch import finished
 from v4train.config import load, settings
-from v4train.model import init
+from v4train.model import init, recompute
 from v4train.model.config import ModelConfig
 from v4train.parallel.topology import leave, start_distributed, stop_distributed
 from v4train.train.pretrain import run
 
+even_bias = init._static_bias
+
 
 def uneven_bias(rows: int, config: ModelConfig) -> torch.Tensor:
-    """mHC's S that treats no two streams alike."""
+    """mHC's static bias that treats no two streams alike."""
     return even_bias(rows, config) + 0.5 * torch.randn(rows, generator=torch.Generator().manual_seed(rows))
-
-
-even_bias = init._static_bias
 
 
 def main(jobs: Path, folder: Path, start: str) -> None:
     started = False
+    recompute.FORGET_FROM = 0  # as in a run of real size
     if start == "uneven":
         init._static_bias = uneven_bias
     for overrides in json.loads(jobs.read_text()):

@@ -94,15 +94,18 @@ def test_gradient_of_sinkhorn():
     assert expected.abs().max() > 0.1
 
 
-def test_sinkhorn_leaves_the_number_of_threads_alone():
-    before = torch.get_num_threads()
+def test_one_thread_for_small_tensors_only(monkeypatch):
+    before, seen, softmax = torch.get_num_threads(), [], torch.Tensor.softmax
+    monkeypatch.setattr(
+        torch.Tensor, "softmax", lambda *a, **k: seen.append(torch.get_num_threads()) or softmax(*a, **k)
+    )
     torch.set_num_threads(2)
     try:
         results = [sinkhorn(logits, 3, 1e-6)[0] for logits in (torch.zeros(4, 4, 5), torch.zeros(4, 4, 5000))]
         assert all(torch.allclose(result, torch.tensor(0.25)) for result in results) and torch.get_num_threads() == 2
         with pytest.raises(RuntimeError):
             sinkhorn(torch.zeros(4, 4, 5, dtype=torch.int32), 3, 1e-6)
-        assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 2 and seen == [1, 2, 1]
     finally:
         torch.set_num_threads(before)
 
@@ -235,6 +238,20 @@ def test_streams_of_bf16_keep_fp32_coefficients():
     assert x.dtype == merged.dtype == torch.bfloat16
     assert coefficients.mixing.dtype == coefficients.post.dtype == torch.float32
     torch.testing.assert_close(x.double(), exact, atol=0.05, rtol=0)
+
+
+def test_gradients_of_bf16_streams():
+    gradients = []
+    for dtype in (torch.float64, torch.bfloat16):
+        module, _ = module_of(HyperConnection)
+        module = module if dtype == torch.float64 else module.float()
+        streams = random(2, 5, STREAMS, HIDDEN, seed=9).to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            x, unmixed, coefficients = module(streams)
+            loss = module.merge(unmixed, x.sin(), coefficients).double().square().sum()
+        gradients.append(torch.autograd.grad(loss, [streams, *module.parameters()]))
+    for exact, ours in zip(*gradients, strict=True):
+        assert (ours.double() - exact).norm() <= 0.05 * exact.norm()
 
 
 def test_plain_residual():

@@ -126,7 +126,7 @@ def _parts(config: ModelConfig, work: Work) -> Iterator[dict[str, float]]:
         for axis in ("tensor", "context", "expert"):
             sent = attention.get(axis, Sent()).again(whole or work.recompute == "attention")
             yield {axis: sent + rest.get(axis, Sent()).again(whole)}
-    ids = 3 * tokens * ID_BYTES / BYTES
+    ids = (3 * tokens + (work.rows if work.context > 1 else 0)) * ID_BYTES / BYTES  # a shard has a look-ahead target
     yield {"pipeline": (work.pipeline - 1) * (2 * tokens * config.num_streams * hidden + ids)}
 
 
@@ -196,9 +196,9 @@ def _attention(config: ModelConfig, layer: LayerAttention, work: Work) -> dict[s
 def _indexer(config: ModelConfig, layer: LayerAttention, work: Work, ratio: int, key_width: int) -> Sent:
     """Scores and teacher, of a document as long as the row; an entry every `ratio` tokens.
 
-    Forward: scores of all entries that a chunk of queries reaches, to select and, while these are few, for the loss;
-    later scores of the selected ones for it. The teacher of the same; that of all in reach for some queries, for the
-    recall. Backward: the gradient of the keys.
+    Forward: scores of all entries that a chunk of queries reaches; where that is many times what is selected, scores of
+    the selected ones once more, for the loss. The teacher for those that the loss compares, and for all in reach of
+    some queries, for the recall. Backward: the gradient of the keys.
     """
     top_k = (config.attention.indexer if layer.kind == "csa" else config.attention.dsa).top_k
     entries, chunk = work.sequence_length // ratio, config.attention.query_chunk

@@ -29,25 +29,22 @@ class Activation(NamedTuple):
 
     def __call__(self, gate_up: Tensor) -> Tensor:
         """Halves [..., 2I] (gate, then up) to [..., I]."""
-        gate, up = self._clamped(gate_up)
-        return self._unit(gate).mul_(up + self.shift if self.shift else up)
+        unit, up = self.factors(gate_up)
+        return unit.mul_(up)
 
-    def unit(self, gate_up: Tensor) -> Tensor:
-        """The factor g sigmoid(slope g) alone, [..., I]."""
-        return self._unit(self._clamped(gate_up)[0])
+    def factors(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """What the result is the product of, g sigmoid(slope g) and u + shift: [..., I] each."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        up = up if self.limit is None else up.clamp(-self.limit, self.limit)
+        return self._unit(self._clamped(gate)), up + self.shift if self.shift else up
 
-    def gated(self, gate_up: Tensor, unit: Tensor) -> Tensor:
-        """The result, from its factor `unit`."""
-        up = self._clamped(gate_up)[1]
-        return unit * (up + self.shift if self.shift else up)
-
-    def backward(self, gate_up: Tensor, gradient: Tensor, unit: Tensor | None = None) -> Tensor:
+    def backward(self, gate_up: Tensor, gradient: Tensor, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Gradient [..., 2I] with respect to `gate_up`, of the output's [..., I]; each pass over memory counts."""
-        gate, up = self._clamped(gate_up)
+        unit, up = factors or self.factors(gate_up)
         result = torch.empty_like(gate_up)
         gate_gradient, up_gradient = result.chunk(2, dim=-1)
-        torch.mul(gradient, self._unit(gate) if unit is None else unit, out=up_gradient)
-        change = (up + self.shift if self.shift else up) * gradient
+        torch.mul(gradient, unit, out=up_gradient)
+        change, gate = up * gradient, self._clamped(gate_up.chunk(2, dim=-1)[0])
         torch.ops.aten.silu_backward.grad_input(change, self._sloped(gate), grad_input=gate_gradient)
         if self.limit is not None:
             parts, lows = (gate_gradient, up_gradient), (-math.inf, -self.limit)
@@ -62,9 +59,8 @@ class Activation(NamedTuple):
         low, high = gate_up.aminmax()
         return self._replace(limit=None) if max(-low.item(), high.item()) < self.limit else self
 
-    def _clamped(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return (gate, up) if self.limit is None else (gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit))
+    def _clamped(self, gate: Tensor) -> Tensor:
+        return gate if self.limit is None else gate.clamp(max=self.limit)
 
     def _sloped(self, gate: Tensor) -> Tensor:
         return gate if self.slope == 1 else gate * self.slope

@@ -63,8 +63,8 @@ def _projection_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The streams' gradient, of which `projected`'s adds to `streams_gradient`, and the weight's.
 
-    used: of a site, mixing [T, C, C], whose result `streams_gradient` is of, read [T, 1, C] and the gradient of what
-    was read [T, 1, M].
+    used: for a site, mixing [T, C, C], read [T, 1, C] and the gradient of what was read [T, 1, M];
+    `streams_gradient` is then that of the mixed streams.
     """
     flat = streams.flatten(2).flatten(0, 1)
     given = streams_gradient.flatten(2).flatten(0, 1)
@@ -116,8 +116,8 @@ class _Connection(nn.Module):
     def merge(self, unmixed: Tensor, output: Tensor, coefficients: Coefficients, into: Tensor | None = None) -> Tensor:
         """new_k = sum_j mixing[k, j] x_j + post_k output: [B, S, C, M], [B, S, M] -> [B, S, C, M], as the streams are.
 
-        unmixed: the streams that the site has returned. Their gradient is that of the mixed ones, so that the site
-        makes all of its gradients in one pass over the streams.
+        unmixed: the streams that the site has returned. Their gradient is that of the mixed ones: the site makes its
+        own of it, together with all others, so that the streams and their gradient are read seldom.
         into: for the result, then without gradient.
         """
         output = output.to(unmixed.dtype)
@@ -264,9 +264,9 @@ class UnconstrainedHyperConnection(_Connection):
         post = post[0] * gates[1] + biases[1][:, None, None]
         mixing = mixing.transpose(0, 1) * gates[2] + biases[2].view(count, count, 1, 1)
         mixing, post, read = _matrices(mixing), _token_first(post)[:, :, None], _token_first(pre)[:, None]
-        collapsed, streams = collapse(streams, pre)
-        unmixed = _Mix.apply(streams, mixing)
-        return collapsed, unmixed, Coefficients(mixing.detach(), post, read.detach().to(streams.dtype))
+        read = read.to(streams.dtype)
+        collapsed, streams = _Collapse.apply(streams, read)
+        return collapsed, _Mix.apply(streams, mixing), Coefficients(mixing.detach(), post, read.detach())
 
 
 class _Mix(torch.autograd.Function):

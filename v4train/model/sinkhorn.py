@@ -13,7 +13,10 @@ SMALL = 2**16  # elements of an operation for which a second thread takes as lon
 
 
 def _by_one_thread_if_small(function: Callable) -> Callable:
-    """`function` of tensors, which does many operations one after another on as much as the first of them."""
+    """`function` of tensors, which does many operations one after another on as much as the first of them.
+
+    The number of threads is the process's: nothing else should start a thread of its own meanwhile, and nothing does.
+    """
 
     @wraps(function)
     def limited(first: Tensor, *others):

@@ -110,7 +110,7 @@ class _Chunk:
 
     def select(self) -> Tensor:
         """The best entries of each query, [B, Q, K] int64."""
-        if not self.gathers:
+        if self.layout.learns and not self.gathers:  # the loss wants these scores too
             best = select_top_k(self.scores_in_reach.scores, self.visible(), self.layout.index.top_k)
             return torch.where(best < 0, -1, best + self.reach.start)
 
@@ -171,7 +171,7 @@ class _Chunk:
 
         Args:
             part: the entries'; local: normalisers of the other parts; normaliser: of the whole. [B, Q, H] each.
-            gradients: of the KL, for the indexer's query, keys and head weights: this chunk's are added.
+            gradients: of the KL, for the indexer's query, keys and head weights: this chunk's are put there.
         """
         scored, attended = self.learning()
         probabilities = self.probabilities(part, normaliser).view(attended.shape)
@@ -274,11 +274,11 @@ class _Attend(torch.autograd.Function):
             return *[None] * MAIN, *index_gradients, None
         inputs, layout = _computed([*tensors, None, None, None]), ctx.layout
         # fp32 sums: many chunks add to the same key, but each has queries of its own
-        gradients = [None if x is None else full(torch.zeros_like(x)) for x in inputs[1:MAIN]]
+        *of_keys, sink_gradient = (None if x is None else full(torch.zeros_like(x)) for x in inputs[1:MAIN])
         query_gradient = torch.empty_like(inputs.query)
         if inputs.sink is not None:
             correction = torch.linalg.vecdot(full(output), full(output_gradient))
-            gradients[4] -= (torch.exp(full(inputs.sink) - normaliser) * correction).sum((0, 1))
+            sink_gradient -= (torch.exp(full(inputs.sink) - normaliser) * correction).sum((0, 1))
         for begin, stop in _chunks(inputs, layout):
             chosen = None if selected is None else selected[:, begin:stop].long()
             chunk = _Chunk(inputs, layout, begin, stop, chosen)
@@ -287,8 +287,8 @@ class _Attend(torch.autograd.Function):
                 given = (part.arrange(x[:, begin:stop]) for x in (output_gradient, output, normaliser))
                 own_query, keys, values = part.term.backward(*given)
                 of_query.append(full(part.restore(own_query)))
-                part.add(gradients[:4], keys, values)
+                part.add(of_keys, keys, values)
             query_gradient[:, begin:stop] = sum(of_query)
-        gradients = [query_gradient, *gradients]
+        gradients = [query_gradient, *of_keys, sink_gradient]
         gradients = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True)]
         return *gradients, *index_gradients, None

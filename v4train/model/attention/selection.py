@@ -30,7 +30,7 @@ class IndexUse:
 
 
 class Scored(NamedTuple):
-    """Scores of entries, and what they were computed from: fp32."""
+    """Scores of entries, and what they were computed from, in full precision."""
 
     query: Tensor  # [B, Q, I, J]
     keys: Tensor  # [B, N, J]
@@ -40,7 +40,7 @@ class Scored(NamedTuple):
 
 
 def index_scores(query: Tensor, keys: Tensor, head_weight: Tensor, heads: Heads = ALL) -> Scored:
-    """sum_h w_h ReLU(q_h . k_s), fp32 (V4 report eq. 16): [B, Q, I, J], [B, N, J], [B, Q, I] -> [B, Q, N].
+    """sum_h w_h ReLU(q_h . k_s) (V4 report eq. 16) of [B, Q, I, J], [B, N, J], [B, Q, I].
 
     heads: which share of the indexer's heads these are; the sum is over all.
     """

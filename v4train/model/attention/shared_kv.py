@@ -59,8 +59,11 @@ class SharedKVAttention(nn.Module):
         turned = rotate(output, rotation.conj())
         grouped = turned.flatten(-2).unflatten(-1, (-1, options.num_heads // options.o_groups * options.head_dim))
         down = self.output_down(grouped)
-        again = lambda into: into.copy_(rotate(output, rotation.conj()))  # noqa: E731
-        forget(turned, again=again, needed_by=down, inside=self, hidden=x)
+
+        def turned_again(into: Tensor) -> None:
+            into.copy_(rotate(output, rotation.conj()))
+
+        forget(turned, again=turned_again, needed_by=down, inside=self, hidden=x)
         if cache is not None:
             cache.length += x.shape[1]
         return self.output_up(down.flatten(-2))

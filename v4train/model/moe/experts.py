@@ -158,11 +158,11 @@ class _Experts(torch.autograd.Function):
             rows, rows_gradient = (_rows(source, groups, block) for source in sources)
             projected = _first_product(rows, first, bias, groups, block) if not kept else kept[number]
             activation = ctx.activation.needed(projected)
-            unit, change = activation.unit(projected), grouped_product(rows_gradient, second[experts].mT, ends)
-            hidden = activation.gated(projected, unit)
+            factors, change = activation.factors(projected), grouped_product(rows_gradient, second[experts].mT, ends)
+            hidden = factors[0] * factors[1]
             weights_gradient[here] = torch.linalg.vecdot(change, hidden)
             down_gradient[experts] = grouped_weight_gradient(rows_gradient, hidden.mul_(row_weights[here]), ends)
-            change = activation.backward(projected, change.mul_(row_weights[here]), unit)
+            change = activation.backward(projected, change.mul_(row_weights[here]), factors)
             gate_up_gradient.flatten(1, 2)[experts] = grouped_weight_gradient(change, rows, ends)
             if bias is not None:
                 bias_gradient.flatten(1).index_add_(0, groups.expert[here], change.to(bias.dtype))
