@@ -5,12 +5,13 @@
     python tools/benchmark.py --shapes 1x4096 1x32768 --decode 1024 65536
     python tools/benchmark.py --models flash_small dense_small train.recompute=block compile=true
 
-Anything that is not an option is an override of conf/, as in launch/pretrain.py. Each measurement is a process of its
-own, so that its peak memory is its own; both implementations have the same weights, tokens and optimizer (AdamW), and
-take turns. v4train keeps freed memory, as its runs do; the peer does with --same-allocator. A training step is forward,
-backward and update; decoding is one row, token by token, after a real prefill. `mfu` is a share of the matrix product
-rate of its dtype, measured in the same run, FLOPs being those of `v4train.analysis.flops`. `growth` compares the
-longest single row with the shortest: `exponent` is e of time ~ tokens^e, `per_token` the ratio of times per token.
+Anything that is not an option is an override of conf/, as in launch/pretrain.py. Each implementation is a process of
+its own, so that its peak memory is its own; both have the same weights, tokens and optimizer (AdamW), and take turns
+step by step: `speed` is the median of the ratios within a turn, because a machine's speed drifts. v4train keeps freed
+memory, as its runs do; the peer does with --same-allocator. A training step is forward, backward and update; decoding
+is one row, token by token, after a real prefill. `mfu` is a share of the matrix product rate of its dtype, measured in
+the same run, FLOPs being those of `v4train.analysis.flops`. `growth` compares the longest single row with the shortest:
+`exponent` is e of time ~ tokens^e, `per_token` the ratio of times per token.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import math
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from v4train.analysis.flops import training_flops_per_token
+from v4train.analysis.turns import serve, take_turns
 from v4train.config import load
 from v4train.errors import ConfigError
 from v4train.model import ModelConfig, Transformer, build_model, model_config
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
     options, overrides = parser().parse_known_intermixed_args(arguments)
     try:
         if options.measure:
-            print(json.dumps(measure(json.loads(options.measure), overrides)))
+            measure(json.loads(options.measure), overrides)
             return 0
         shapes = [parsed_shape(text) for text in options.shapes]
         models = {name: model_config(load([f"model={name}", *overrides]).model) for name in options.models}
@@ -75,9 +76,10 @@ def benchmark(
         case["same_allocator"] = options.same_allocator
         for batch, length in shapes:
             of = case | {"kind": "training", "batch": batch, "length": length}
-            training += take_turns(implementations, of, overrides)
+            training += measured(implementations, of, overrides)
         for context in options.decode:
-            decode += take_turns([OURS], case | {"kind": "decode", "context": context}, overrides)
+            of = case | {"kind": "decode", "context": context, "rounds": DECODED, "warm_up": WARM_UP}
+            decode += measured([OURS], of, overrides)
     for row in training:
         flops = training_flops_per_token(models[row["model"]], row["length"]) * row["tokens_per_second"]
         row["mfu"] = round(flops / peaks[row["dtype"]], 4)
@@ -105,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--against", choices=PEERS, help="another implementation of the same model")
     parser.add_argument("--same-allocator", action="store_true", help="the peer keeps freed memory too")
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps before those that count")
-    parser.add_argument("--rounds", type=int, default=5, help="steps whose median counts")
+    parser.add_argument("--rounds", type=int, default=7, help="steps whose median counts")
     parser.add_argument("--out", help="write the JSON there too")
     parser.add_argument("--plot", help="write a picture of tokens/s and memory over length there")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -119,18 +121,28 @@ def parsed_shape(text: str) -> tuple[int, int]:
     return int(batch), int(length)
 
 
-def take_turns(implementations: list[str], case: dict[str, Any], overrides: list[str]) -> list[dict[str, Any]]:
-    """One measurement for each implementation, one process after another."""
-    rows = []
+def measured(implementations: list[str], case: dict[str, Any], overrides: list[str]) -> list[dict[str, Any]]:
+    """Figures of each implementation; all but the first have the ratios to it, turn by turn."""
+    commands = {}
     for implementation in implementations:
-        case = case | {"implementation": implementation}
-        print(f"{case}", file=sys.stderr, flush=True)
-        command = [sys.executable, __file__, "--measure", json.dumps(case), *overrides]
-        tuned = tuned_environment(os.environ) if keeps_freed_memory(case) else None
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=tuned, check=False)
-        if done.returncode:
-            raise SystemExit(f"error: the measurement of {case} ended with exit code {done.returncode}")
-        rows.append(case | json.loads(done.stdout.splitlines()[-1]))
+        own = case | {"implementation": implementation}
+        print(f"{own}", file=sys.stderr, flush=True)
+        tuned = tuned_environment(os.environ) if keeps_freed_memory(own) else None
+        commands[implementation] = [sys.executable, __file__, "--measure", json.dumps(own), *overrides], tuned
+    try:
+        seconds, figures = take_turns(commands, case["rounds"], case["warm_up"])
+    except RuntimeError as error:
+        raise SystemExit(f"error: {error}") from error
+    ours = seconds[implementations[0]]
+    rows = []
+    for name, own in seconds.items():
+        row = case | {"implementation": name, "seconds": round(statistics.median(own), 6)}
+        row |= {"fastest": round(min(own), 6), "slowest": round(max(own), 6)}
+        if name != implementations[0]:
+            row["times_ours"] = statistics.median(peer / us for peer, us in zip(own, ours, strict=True))
+        if case["kind"] == "training":
+            row["tokens_per_second"] = round(case["batch"] * case["length"] / row["seconds"], 1)
+        rows.append(row | figures[name])
     return rows
 
 
@@ -139,8 +151,8 @@ def keeps_freed_memory(case: dict[str, Any]) -> bool:
     return case["implementation"] == OURS or case["same_allocator"]
 
 
-def measure(case: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """What one process is for."""
+def measure(case: dict[str, Any], overrides: list[str]) -> None:
+    """What one process is for: steps of training or decoding when they are asked for, then what memory they took."""
     if keeps_freed_memory(case):
         keep_freed_memory()
     config = load([f"model={case.pop('model')}", *overrides])
@@ -148,14 +160,19 @@ def measure(case: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     model.recompute = config.train.recompute
     if config.compile and case["implementation"] == OURS:
         compile_model(model)
-    figures = training(model, **case) if case["kind"] == "training" else decoding(model, **case)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return figures | {"peak_memory_gib": round(peak * (1 if sys.platform == "darwin" else 1024) / 2**30, 3)}
+    step, figures = training(model, **case) if case["kind"] == "training" else decoding(model, **case)
+
+    def finish() -> dict[str, Any]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+        return figures | {"peak_memory_gib": round(peak * (1 if sys.platform == "darwin" else 1024) / 2**30, 3)}
+
+    serve(step, finish)
 
 
 def training(
-    model: Transformer, implementation: str, batch: int, length: int, dtype: str, rounds: int, warm_up: int, **_: Any
-) -> dict[str, Any]:
+    model: Transformer, implementation: str, batch: int, length: int, dtype: str, **_: Any
+) -> tuple[Callable[[], None], dict[str, Any]]:
+    """A training step, and the figures that need no timing."""
     tokens = torch.randint(model.config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     loss_of, parameters = (own_loss if implementation == OURS else peer_loss)(model.train())
@@ -169,14 +186,7 @@ def training(
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = timed(step, rounds, warm_up)
-    middle = statistics.median(seconds)
-    return {
-        "seconds": round(middle, 4),
-        "fastest": round(min(seconds), 4),
-        "slowest": round(max(seconds), 4),
-        "tokens_per_second": round(batch * length / middle, 1),
-    }
+    return step, {}
 
 
 def own_loss(model: Transformer) -> tuple[Callable, Any]:
@@ -198,20 +208,24 @@ def peer_loss(model: Transformer) -> tuple[Callable, Any]:
     return loss_of, peer.parameters()
 
 
-def decoding(model: Transformer, context: int, dtype: str, **_: Any) -> dict[str, Any]:
+def decoding(
+    model: Transformer, context: int, dtype: str, rounds: int, warm_up: int, **_: Any
+) -> tuple[Callable[[], None], dict[str, Any]]:
+    """One token after `context` others, and the figures that need no timing."""
     model.eval()
     tokens = torch.randint(model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
-    cache = model.new_cache(1, context + DECODED + WARM_UP)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-        for part in tokens.split(PREFILL, dim=1):
+    cache = model.new_cache(1, context + rounds + warm_up)
+
+    def read(part: torch.Tensor) -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
             model(part, cache=cache)
-        seconds = timed(lambda: model(tokens[:, :1], cache=cache), DECODED)
-    return {"seconds": round(statistics.median(seconds), 6), "cache_bytes": cache.nbytes()}
+
+    for part in tokens.split(PREFILL, dim=1):
+        read(part)
+    return lambda: read(tokens[:, :1]), {"cache_bytes": cache.nbytes()}
 
 
-def timed(step: Callable[[], Any], rounds: int, warm_up: int = WARM_UP) -> list[float]:
-    for _ in range(warm_up):
-        step()
+def timed(step: Callable[[], Any], rounds: int) -> list[float]:
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -225,7 +239,7 @@ def matmul_peak(dtype: str) -> float:
     size, best = 256, 0.0
     while True:
         matrix = torch.ones(size, size, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
-        seconds = min(timed(lambda matrix=matrix: matrix @ matrix, 5))
+        seconds = min(timed(lambda matrix=matrix: matrix @ matrix, 5 + WARM_UP))
         best = max(best, 2 * size**3 / seconds)
         if size == 2048 or 8 * seconds > PEAK_SECONDS:
             return best
@@ -241,9 +255,8 @@ def ratios(rows: list[dict[str, Any]], against: str | None) -> list[dict[str, An
         if against and row["implementation"] == OURS:
             peer = peers[tuple(row[key] for key in keys)]
             shape = {"model": row["model"], "dtype": row["dtype"], "shape": f"{row['batch']}x{row['length']}"}
-            speed = row["tokens_per_second"] / peer["tokens_per_second"]
             memory = row["peak_memory_gib"] / peer["peak_memory_gib"]
-            results.append(shape | {"speed": round(speed, 2), "memory": round(memory, 3)})
+            results.append(shape | {"speed": round(peer["times_ours"], 2), "memory": round(memory, 3)})
     return results
 
 

@@ -1,26 +1,25 @@
 """What DeepSpeed's engine and a second rank cost: training steps side by side, as JSON.
 
     python tools/benchmark_engine.py
-    python tools/benchmark_engine.py --stages 0 1 --ranks 2 --shape 4x512 --rounds 7 model=benchmark
+    python tools/benchmark_engine.py --stages 0 1 --ranks 2 --shape 4x512 --rounds 15 model=benchmark
 
-Anything that is not an option is an override of conf/. The cases take turns, each in processes of its own: a plain
-PyTorch loop and the engine in each ZeRO stage, on one rank with all threads; and `--ranks` ranks, with an equal share
-of threads and of the batch. A step is forward, backward, clipping and AdamW. `cost` is a stage's time over the plain
-loop's, less one; `efficiency` the speed of the ranks over that of one process in the same stage. Both are medians over
-the turns of ratios within a turn, because a machine's speed drifts.
+Anything that is not an option is an override of conf/. The cases take turns step by step, each in processes of its own:
+a plain PyTorch loop and the engine in each ZeRO stage, on one rank with all threads; and `--ranks` ranks, with an equal
+share of threads and of the batch. A step is forward, backward, clipping and AdamW. `cost` is a stage's time over the
+plain loop's, less one; `efficiency` the speed of the ranks over that of one process in the same stage. Both are medians
+of ratios within a turn, because a machine's speed drifts.
 """
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 
+from v4train.analysis.turns import serve, take_turns
 from v4train.config import Settings, load, settings
 from v4train.data import Batch
 from v4train.errors import ConfigError
@@ -28,9 +27,9 @@ from v4train.model import Transformer, build_model
 from v4train.parallel.layout import Layout
 from v4train.parallel.topology import start_distributed, stop_distributed
 from v4train.train.allocator import keep_freed_memory, tuned_environment
+from v4train.train.distributed import all_max
 
-WARM_UP = 2  # steps before those that count
-MARK = "measured: "  # of a rank's line among others
+WARM_UP = 3  # steps before those that count
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +39,7 @@ def main(arguments: list[str]) -> int:
     common += [f"train.global_batch_size={batch}", f"train.max_steps={options.rounds}", *overrides]
     try:
         if options.measure:
-            measure(options.measure, options.rounds, overrides)
+            measure(options.measure, overrides)
             return 0
         load(common)
     except ConfigError as error:
@@ -48,32 +47,30 @@ def main(arguments: list[str]) -> int:
         return 2
     cases = [("plain", 1, "zero0"), *((f"zero{stage}", 1, f"zero{stage}") for stage in options.stages)]
     cases += [(f"zero{stage}", options.ranks, f"zero{stage}") for stage in options.stages]
-    turns: list[dict[str, float]] = []
-    for _ in range(options.turns):
-        turn = {}
-        for what, ranks, preset in cases:
-            print(f"{what}, {ranks} rank(s)", file=sys.stderr, flush=True)
-            seconds = start(what, ranks, options.rounds, [*common, f"parallelism={preset}"])
-            turn[f"{what}_{ranks}"] = statistics.median(seconds)
-        turns.append(turn)
-    figures = compared(turns, options.stages, options.ranks)
+    commands = {}
+    for what, ranks, preset in cases:
+        program = [__file__, "--measure", what, *common, f"parallelism={preset}"]
+        commands[f"{what}_{ranks}"] = started(program, ranks)
+    try:
+        seconds, _ = take_turns(commands, options.rounds, WARM_UP)
+    except RuntimeError as error:
+        raise SystemExit(f"error: {error}") from error
+    figures = compared(seconds, options.stages, options.ranks)
     result = {"shape": options.shape, "threads": torch.get_num_threads(), **figures}
     print(json.dumps(result, indent=1))
     return 0
 
 
-def compared(turns: list[dict[str, float]], stages: list[int], ranks: int) -> dict[str, dict[str, float]]:
-    """Seconds of a step by case, and the two ratios by stage: each the median over the turns of a ratio within one."""
+def compared(seconds: dict[str, list[float]], stages: list[int], ranks: int) -> dict[str, dict[str, float]]:
+    """Seconds of a step by case, and the two ratios by stage: medians over the turns of a ratio within one."""
 
-    def median(of: Callable[[dict[str, float]], float], digits: int = 3) -> float:
-        return round(statistics.median(map(of, turns)), digits)
+    def ratio(over: str, under: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
 
     return {
-        "seconds": {case: median(lambda turn, case=case: turn[case], 4) for case in turns[0]},
-        "cost": {f"zero{s}": median(lambda turn, s=s: turn[f"zero{s}_1"] / turn["plain_1"] - 1) for s in stages},
-        "efficiency": {
-            f"zero{s}": median(lambda turn, s=s: turn[f"zero{s}_1"] / turn[f"zero{s}_{ranks}"]) for s in stages
-        },
+        "seconds": {case: round(statistics.median(of), 4) for case, of in seconds.items()},
+        "cost": {f"zero{s}": round(ratio(f"zero{s}_1", "plain_1") - 1, 3) for s in stages},
+        "efficiency": {f"zero{s}": round(ratio(f"zero{s}_1", f"zero{s}_{ranks}"), 3) for s in stages},
     }
 
 
@@ -85,30 +82,20 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--stages", nargs="+", default=[0, 1], type=int, choices=range(4), help="of ZeRO")
     parser.add_argument("--ranks", default=2, type=int, help="ranks that share threads and batch")
     parser.add_argument("--shape", default="4x512", help="rows x tokens of a step, over all ranks")
-    parser.add_argument("--rounds", default=3, type=int, help="steps of a turn that count, by their median")
-    parser.add_argument("--turns", default=5, type=int, help="how often the cases take turns")
+    parser.add_argument("--rounds", default=15, type=int, help="steps of each case that count")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser
 
 
-def start(what: str, ranks: int, rounds: int, overrides: list[str]) -> list[float]:
-    """Seconds of each step that counts, in fresh processes."""
-    program = [__file__, "--measure", what, "--rounds", str(rounds), *overrides]
-    command = [sys.executable, *program]
-    if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [sys.executable, *torchrun, *program]
+def started(program: list[str], ranks: int) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a program on `ranks` ranks, all threads shared out among them."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     threads = str(max(1, torch.get_num_threads() // ranks))
-    environment = tuned_environment(os.environ | {"OMP_NUM_THREADS": threads})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    lines = [line.partition(MARK)[2] for line in done.stdout.splitlines() if MARK in line]
-    if done.returncode or not lines:
-        raise SystemExit(f"error: {what} on {ranks} rank(s) ended with exit code {done.returncode}\n{done.stderr}")
-    return json.loads(lines[0])
+    return [sys.executable, *torchrun, *program], tuned_environment(os.environ | {"OMP_NUM_THREADS": threads})
 
 
-def measure(what: str, rounds: int, overrides: list[str]) -> None:
-    """One rank's part of a case; rank 0 prints."""
+def measure(what: str, overrides: list[str]) -> None:
+    """One rank's part of a case; rank 0 answers."""
     keep_freed_memory()
     made = settings(load(overrides))
     train, topology = made.train, made.topology
@@ -117,13 +104,8 @@ def measure(what: str, rounds: int, overrides: list[str]) -> None:
     tokens = torch.randint(made.model.vocab_size, (rows, train.sequence_length + 1), generator=generator)
     batch = Batch(tokens[:, :-1].contiguous(), torch.zeros_like(tokens[:, 1:]), tokens[:, 1:].contiguous())
     step = plain_step(made, batch) if what == "plain" else engine_step(made, batch)
-    seconds = []
-    for _ in range(WARM_UP + rounds):
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
-    if topology.rank == 0:
-        print(f"{MARK}{json.dumps(seconds[WARM_UP:])}", flush=True)
+    alone = topology.world_size == 1
+    serve(step, rank=topology.rank, agree=bool if alone else lambda go: bool(all_max(float(go), topology.device)))
     stop_distributed()
 
 
