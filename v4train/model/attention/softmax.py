@@ -1,7 +1,8 @@
 """One term of a joint softmax: values and log-sum-exp over one set of keys, to be joined with other terms.
 
 With the output and log-sum-exp of the whole joint softmax, the backward pass of each term stands alone, and computes
-its weights again. On the CPU both ways are torch's own fused kernel; elsewhere plain products.
+its weights again. Both ways are plain products, which are fast, while the weights of all queries and keys fit in a
+CPU's cache; torch's own fused kernel beyond that, which never holds them.
 
 Shapes: B batch, H heads, G key-value heads (H a multiple; head h reads h // (H / G)), Q queries, n keys, D key width,
 E value width. fp32 throughout, fp64 for fp64 inputs.
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from v4train.model.precision import full
 
-FEW_ROWS = 16  # queries x heads of a small product, where batched products beat the fused kernel
+HELD = 2**21  # weights of one term up to which plain products are the faster ones on a CPU (docs/performance.md)
 
 
 @dataclass
@@ -30,11 +31,11 @@ class Term:
     mask: Tensor | None  # [B, 1, Q, n] added to the logits, -inf where unseen
     scale: float  # of the logits
     unseeing: Tensor | None = None  # [B, 1, Q] bool, queries that see no key here, where there may be some
-    kept: tuple[Tensor, Tensor] | None = None  # from plain products: exp(logits - x) and x [B, H, Q]
+    kept: tuple[Tensor, Tensor] | None = None  # from plain products: exp(logits - x) and x, by group
 
     @property
     def fused(self) -> bool:
-        return self.query.device.type == "cpu" and self.query.shape[2] * self.query.shape[1] > FEW_ROWS
+        return self.query.device.type == "cpu" and self.query[..., 0].numel() * self.keys.shape[2] > HELD
 
     def softmax(self) -> tuple[Tensor, Tensor]:
         """(output [B, H, Q, E], log-sum-exp [B, H, Q]) over these keys alone; 0 and -inf where nothing is seen."""
@@ -54,17 +55,25 @@ class Term:
         return query, keys, values
 
     def logits(self) -> Tensor:
-        """[B, H, Q, n] fp32, -inf where unseen."""
-        products = torch.matmul(_by_group(self.query * self.scale, self.keys), self.keys.mT)
-        logits = full(products).view(*self.query.shape[:3], -1)
-        return logits if self.mask is None else logits + self.mask
+        """[B G, R Q, n] fp32, -inf where unseen, to be changed in place."""
+        query, keys = by_group(self.query, self.keys), self.keys.flatten(0, 1)
+        (batch, heads), groups = self.query.shape[:2], self.keys.shape[1]
+        if self.mask is not None and heads == groups and query.dtype == self.mask.dtype:
+            one = self.mask.shape[:2].numel() == 1
+            mask = self.mask[0] if one else self.mask.expand(batch, groups, -1, -1).flatten(0, 1)
+            return torch.baddbmm(mask, query, keys.mT, alpha=self.scale)
+        logits = full(torch.bmm(query, keys.mT)).mul_(self.scale)
+        if self.mask is not None:
+            logits.view(batch, groups, heads // groups, -1, keys.shape[1]).add_(self.mask[:, :, None])
+        return logits
 
     def weights(self, normaliser: Tensor) -> Tensor:
         """exp(logits - normaliser) [B, H, Q, n], from what a softmax or its backward has left behind, if it has."""
+        shape = (*normaliser.shape, -1)
         if self.kept is None:
-            return self.logits().sub_(normaliser[..., None]).exp_()
+            return self.logits().view(shape).sub_(normaliser[..., None]).exp_()
         weights, reference = self.kept
-        return weights * torch.exp(reference - normaliser)[..., None]
+        return weights.view(shape) * torch.exp(reference.view(normaliser.shape) - normaliser)[..., None]
 
     def own_values(self) -> Tensor:
         return self.keys[..., : self.width] if self.values is None else self.values
@@ -79,41 +88,42 @@ def join(normalisers: list[Tensor], sink: Tensor | None) -> Tensor:
 
 def plain_softmax(term: Term) -> tuple[Tensor, Tensor]:
     """`Term.softmax` by plain products."""
-    normaliser, values = plain_normaliser(term), term.own_values()
+    normaliser, values = plain_normaliser(term), term.own_values().flatten(0, 1)
     weights, _ = term.kept
     total = weights.sum(-1, keepdim=True)
-    output = full(torch.matmul(_by_group(weights.to(values.dtype), values), values)).view(*weights.shape[:3], -1)
-    return output / total.clamp(min=torch.finfo(total.dtype).tiny), normaliser
+    output = full(torch.bmm(weights.to(values.dtype), values))
+    output /= total.clamp(min=torch.finfo(total.dtype).tiny)
+    return output.view(*normaliser.shape, -1), normaliser
 
 
 def plain_normaliser(term: Term) -> Tensor:
     """The log-sum-exp [B, H, Q] of `Term.softmax`; the weights stay with the term."""
     logits = term.logits()
-    top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-    weights = (logits - top).exp_()
-    term.kept = weights, top[..., 0]
-    return top[..., 0] + weights.sum(-1).log()
+    top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+    weights = logits.sub_(top).exp_()
+    term.kept = weights, top
+    return (top + weights.sum(-1, keepdim=True).log()).view(term.query.shape[:3])
 
 
 def plain_backward(
     term: Term, gradient: Tensor, output: Tensor, normaliser: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`Term.backward` by plain products; values' gradient is None where the keys' holds it."""
-    keys, values, shape = term.keys, term.own_values(), term.query.shape
-    weights = (term.logits() - normaliser[..., None]).exp_()
-    term.kept = weights, normaliser
-    gradient = full(gradient)
-    correction = (gradient * full(output)).sum(-1, keepdim=True)  # sum over keys of weight * its gradient
-    gradient = _by_group(gradient.to(values.dtype), values)
-    change = full(torch.matmul(gradient, values.mT)).view_as(weights)
-    change = ((change - correction) * weights).mul_(term.scale)
-    change, weights = (_by_group(x.to(keys.dtype), keys) for x in (change, weights))
-    query_gradient = torch.matmul(change, keys).view(shape)
-    query = _by_group(term.query, keys).to(keys.dtype)
-    if term.values is None and term.width == keys.shape[-1]:  # one product with twice the rows is the faster one
-        together = torch.cat([change, weights], dim=2).mT
-        return query_gradient, torch.matmul(together, torch.cat([query, gradient], dim=2)), None
-    return query_gradient, torch.matmul(change.mT, query), torch.matmul(weights.mT, gradient)
+    values = term.own_values()
+    gradient, output, of_rows = (by_group(x, values) for x in (full(gradient), full(output), normaliser[..., None]))
+    weights = term.logits().sub_(of_rows).exp_()
+    term.kept = weights, of_rows
+    correction = torch.linalg.vecdot(gradient, output)[..., None]  # sum over keys of weight * its gradient
+    query, keys, values = by_group(term.query, values), term.keys.flatten(0, 1), values.flatten(0, 1)
+    gradient = gradient.to(values.dtype)
+    change = full(torch.bmm(gradient, values.mT)).sub_(correction).mul_(weights).to(keys.dtype)
+    query_gradient = torch.bmm(change, keys).mul_(term.scale).view(term.query.shape)
+    of_values = torch.bmm(weights.to(values.dtype).mT, gradient)
+    if term.values is None and term.width == keys.shape[-1]:
+        of_keys = torch.baddbmm(of_values, change.mT, query.to(keys.dtype), alpha=term.scale)
+        return query_gradient, of_keys.view(term.keys.shape), None
+    of_keys = torch.bmm(change.mT, query.to(keys.dtype)).mul_(term.scale).view(term.keys.shape)
+    return query_gradient, of_keys, of_values.view(*term.keys.shape[:3], -1)
 
 
 def _fused_softmax(term: Term) -> tuple[Tensor, Tensor]:
@@ -160,6 +170,6 @@ def _fused_backward_flops(gradient, query, keys, values, *_, **__) -> int:
     return 2 * math.prod(query[:3]) * keys[2] * (3 * query[3] + 2 * values[3])
 
 
-def _by_group(x: Tensor, keys: Tensor) -> Tensor:
-    """[B, H, Q, .] as [B, G, R*Q, .], where R = H / G heads share the keys [B, G, n, .]."""
-    return x.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+def by_group(x: Tensor, keys: Tensor) -> Tensor:
+    """[B, H, Q, .] as [B G, R Q, .], where R = H / G heads share the keys [B, G, n, .]."""
+    return x.unflatten(1, (keys.shape[1], -1)).flatten(2, 3).flatten(0, 1)
