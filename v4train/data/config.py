@@ -6,14 +6,12 @@ from typing import Any
 from v4train.errors import ConfigError
 from v4train.structured import structured
 
-POLICIES = ("error", "skip")
-PACKINGS = ("best_fit", "concatenate")
 WHEN_DRY = ("stop", "drop")
 
 
 @dataclass
 class SourceConfig:
-    """One source. Values and their meaning: conf/data/_source.yaml."""
+    """One source. Values and their meaning: conf/data/_data.yaml."""
 
     source: str
     path: Any

@@ -1,17 +1,30 @@
-"""Micro-batches of training rows for one data rank, with a position that fits in a line of JSON."""
+"""Micro-batches of training rows for one data rank, with a position that fits in a few lines of JSON."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import gcd
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from v4train.data.config import DataConfig
 from v4train.data.corpus import Corpus
-from v4train.data.packing import IGNORED_TARGET, Packing, Row
+from v4train.data.lanes import LaneReader, LaneRow, Packer, PackerState, RowConfig
+from v4train.data.mixture import Mixture
+from v4train.data.packing import IGNORED_TARGET, Row
+from v4train.data.prefetch import Prefetch
+from v4train.data.streams import Lane
 from v4train.data.tokenizer import Tokenizer
 from v4train.errors import ConfigError
+
+STEPS_AHEAD = 2  # that the workers read ahead
+
+
+class EndOfData(Exception):
+    """A source ran dry, and data.when_dry=stop; or all did."""
 
 
 @dataclass
@@ -45,80 +58,216 @@ def stack_rows(rows: Iterable[Row]) -> Batch:
     return Batch(*(torch.from_numpy(np.stack(field)) for field in zip(*rows, strict=True)))
 
 
-class Loader:
-    """This rank's share of the global sequence of rows.
+@dataclass(frozen=True)
+class BatchConfig:
+    """Whose rows of a step these are, in rows. Step s trains on rows [s*G, (s+1)*G) of the sequence.
 
-    Step s trains on rows [s*G, (s+1)*G) of the sequence, whatever the number of ranks; micro-batch a of rank r takes
-    the `micro_batch_size` rows from s*G + (a*data_world + r)*micro_batch_size. All sizes count rows.
+    Micro-batch a of rank r takes the `micro` rows from s*G + (a*world + r)*micro.
+    """
+
+    total: int  # G, over all ranks
+    micro: int
+    rank: int
+    world: int
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError (train.global_batch_size, train.micro_batch_size)."""
+        if self.micro < 1:
+            raise ConfigError(
+                "train.micro_batch_size", self.micro, "at least 1", "for example train.micro_batch_size=1"
+            )
+        per_pass = self.micro * self.world
+        if self.total < 1 or self.total % per_pass:
+            raise ConfigError(
+                "train.global_batch_size",
+                self.total,
+                f"a multiple of micro_batch_size x data ranks = {self.micro} x {self.world}",
+                f"for example {max(1, round(self.total / per_pass)) * per_pass}",
+            )
+
+    def rows(self, first: int) -> list[range]:
+        """Rows of each micro-batch of this rank in the step that begins with row `first`."""
+        starts = range(first + self.rank * self.micro, first + self.total, self.micro * self.world)
+        return [range(start, start + self.micro) for start in starts]
+
+    def wanted(self, first: int) -> Callable[[int], bool]:
+        """Whether a row is among this rank's of the steps from row `first` on."""
+        return lambda number: (number - first) % self.total // self.micro % self.world == self.rank
+
+
+@dataclass
+class Progress:
+    """What all ranks have trained on so far: plain values, in a checkpoint."""
+
+    rows: int = 0
+    tokens: int = 0  # positions, padding included
+    by_source: Counter = field(default_factory=Counter)  # tokens of documents
+    padding: int = 0
+    documents: int = 0
+    fitting: int = 0
+    truncated: int = 0
+
+
+class Loader:
+    """This rank's share of the global sequence of rows, which is the same for any number of ranks and workers.
+
+    Row n lies in lane n modulo `data.lanes`. Threads read the lanes of this rank ahead.
     """
 
     def __init__(
         self,
         corpus: Corpus,
+        data: DataConfig,
+        tokenizer: Tokenizer,
         sequence_length: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        data_rank: int,
-        data_world: int,
+        batch: BatchConfig,
         seed: int,
     ) -> None:
-        """Raises ConfigError (train.sequence_length, train.global_batch_size, train.micro_batch_size, seed)."""
-        sizes = {"sequence_length": sequence_length, "micro_batch_size": micro_batch_size}
-        for key, value, least in [("seed", seed, 0), *((f"train.{name}", size, 1) for name, size in sizes.items())]:
-            if value < least:
-                raise ConfigError(key, value, f"at least {least}", f"for example {key}={least}")
-        per_pass = micro_batch_size * data_world
-        if global_batch_size < 1 or global_batch_size % per_pass:
-            raise ConfigError(
-                "train.global_batch_size",
-                global_batch_size,
-                f"a multiple of micro_batch_size x data ranks = {micro_batch_size} x {data_world}",
-                f"for example {max(1, round(global_batch_size / per_pass)) * per_pass}",
-            )
-        self.corpus, self.seed = corpus, seed
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.data_rank, self.data_world = data_rank, data_world
-        self.packing = Packing(corpus.train, sequence_length, seed, Tokenizer.pad_id)
-        self.rows_consumed = 0
+        """Raises ConfigError (train.sequence_length, seed, data.*)."""
+        if sequence_length < 1:
+            raise ConfigError("train.sequence_length", sequence_length, "at least 1", "for example 512")
+        if seed < 0:
+            raise ConfigError("seed", seed, "at least 0", "for example seed=0")
+        self.corpus, self.data, self.tokenizer, self.seed = corpus, data, tokenizer, seed
+        self.batch, self.sequence_length = batch, sequence_length
+        self.num_lanes = data.lanes or corpus.default_lanes
+        corpus.check_lanes(self.num_lanes)
+        self.mixture = Mixture(list(corpus.sources), data.weights)
+        self.progress = Progress()
+        self._states: dict[int, dict[str, Any]] = {}  # of lanes, as far as rows of them were trained on
+        self._readers: dict[int, LaneReader] = {}
+        self._prefetch: Prefetch | None = None
+        self._skipped: dict[str, dict[str, int]] = {}  # bad data left out before this process, by source and kind
+        self.counts: Counter = Counter()
 
     def next_step(self) -> list[Batch]:
-        """The micro-batches of the next optimizer step, [micro_batch_size, S] each, in order."""
-        batches = []
-        for offset in range(0, self.global_batch_size, self.micro_batch_size * self.data_world):
-            first = self.rows_consumed + offset + self.data_rank * self.micro_batch_size
-            batches.append(stack_rows(map(self.packing.row, range(first, first + self.micro_batch_size))))
-        self.rows_consumed += self.global_batch_size
-        return batches
+        """The micro-batches of the next optimizer step, [micro, S] each, in order.
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the training documents so far, all ranks together."""
-        return self.rows_consumed / self.packing.rows_per_epoch
+        Raises EndOfData on any rank whose rows are not there; nothing is taken then. `counts` are its figures.
+        """
+        if self._prefetch is None:
+            self._start()
+        taken = [[self._take(number) for number in rows] for rows in self.batch.rows(self.progress.rows)]
+        self._states |= {row.number % self.num_lanes: row.state for rows in taken for row in rows}
+        self.counts = self._counted(row for rows in taken for row in rows)
+        self.progress.rows += self.batch.total
+        self.progress.tokens += self.batch.total * self.sequence_length
+        return [stack_rows(row.row for row in rows) for rows in taken]
 
-    @property
-    def data_tokens(self) -> dict[str, int]:
-        """Tokens trained on so far by source, all ranks together."""
-        return {self.corpus.source: self.rows_consumed * self.packing.sequence_length}
+    def count(self, everyones: dict[str, float]) -> None:
+        """Add the last step's `counts`, summed over the data ranks, to `progress`."""
+        for name, value in everyones.items():
+            what, _, source = name.partition("/")
+            if what == "tokens":
+                self.progress.by_source[source] += int(value)
+            else:
+                setattr(self.progress, what, getattr(self.progress, what) + int(value))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position: the same on every rank, for any number of ranks and any batch size; can go into JSON."""
+    def epochs(self) -> dict[str, float]:
+        """Passes over each source's documents so far, as far as this rank knows: with what is read ahead."""
+        everyones = [reader.epochs() for reader in self._readers.values()]
+        return {name: sum(of[name] for of in everyones) / len(everyones) for name in everyones[0]} if everyones else {}
+
+    def set_sequence_length(self, length: int) -> None:
+        """From the next step on. No token is lost or seen twice: what was packed and not trained on is packed anew.
+
+        Of several ranks each must have loaded the `merged_states` of all before.
+        """
+        self.close()
+        self.sequence_length = length
+
+    def close(self) -> None:
+        """End the threads. What was read ahead is read again where there is another step."""
+        if self._prefetch is not None:
+            self._prefetch.stop()
+        self._prefetch, self._readers = None, {}
+
+    def state_dict(self, with_skipped: bool = True) -> dict[str, Any]:
+        """The position as this rank knows it; those of all ranks together are a run's, by `merged_states`.
+
+        with_skipped: of ranks that read the same rows, one counts the bad data that were left out.
+        """
+        skipped = {name: source.problems.counts if with_skipped else {} for name, source in self.corpus.sources.items()}
         return {
             "corpus": self.corpus.fingerprint,
             "seed": self.seed,
-            "sequence_length": self.packing.sequence_length,
-            "rows_consumed": self.rows_consumed,
+            "recipe": self._recipe(),
+            "progress": vars(self.progress) | {"by_source": dict(self.progress.by_source)},
+            "lanes": {str(lane): state for lane, state in self._states.items()},
+            "skipped": skipped,
+            "skipped_before": self._skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken, at no cost. Raises ConfigError where its rows would be other rows."""
+        """Continue where `state` was taken, whatever the number of ranks and workers.
+
+        Raises ConfigError where its rows would be other rows.
+        """
         mine = self.state_dict()
-        keys = {"corpus": "data", "seed": "seed", "sequence_length": "train.sequence_length"}
-        for name, key in keys.items():
+        for name, key in {"corpus": "data", "seed": "seed", "recipe": "data"}.items():
             if state[name] != mine[name]:
-                raise ConfigError(
-                    key,
-                    mine[name],
-                    f"the saved data position belongs to {name}={state[name]}",
-                    "resume with the data, tokenizer, seed and length it was saved with, or start another run",
-                )
-        self.rows_consumed = int(state["rows_consumed"])
+                rule = f"the saved data position belongs to {name}={state[name]}"
+                remedy = "resume with the data, tokenizer and seed it was saved with, or start another run"
+                raise ConfigError(key, mine[name], rule, remedy)
+        self.close()
+        progress = dict(state["progress"])
+        self.progress = Progress(**progress | {"by_source": Counter(progress["by_source"])})
+        self._states = {int(lane): own for lane, own in state["lanes"].items()}
+        self._skipped = state["skipped"]
+
+    def _recipe(self) -> str:
+        """What the sequence of rows depends on beside documents and seed."""
+        return f"lanes {self.num_lanes}, {self.data.packing}, fill-in-middle {self.data.fim_rate}"
+
+    def _take(self, number: int) -> LaneRow:
+        row = self._prefetch.take(number % self.num_lanes)
+        if row is None:
+            raise EndOfData
+        return row
+
+    def _counted(self, rows: Iterable[LaneRow]) -> Counter:
+        counts: Counter = Counter({f"tokens/{name}": 0 for name in self.corpus.sources})
+        for row in rows:
+            counts[f"tokens/{row.source}"] += row.packed.tokens
+            counts.update({name: value for name, value in row.packed._asdict().items() if name != "tokens"})
+        return counts
+
+    def _start(self) -> None:
+        first, lanes = self.progress.rows, self.num_lanes
+        steps = range(first, first + self.batch.total * lanes // gcd(self.batch.total, lanes), self.batch.total)
+        own = {number % lanes for step in steps for rows in self.batch.rows(step) for number in rows}
+        readers = {lane: self._reader(lane) for lane in sorted(own)}
+        self._readers = readers
+        wanted = self.batch.wanted(first)
+        tasks = {lane: (lambda reader=reader: reader.read(wanted, first)) for lane, reader in readers.items()}
+        rows_a_step = self.batch.total // self.batch.world
+        self._prefetch = Prefetch(tasks, self.data.workers, ahead=max(2, STEPS_AHEAD * -(-rows_a_step // len(own))))
+
+    def _reader(self, lane: int) -> LaneReader:
+        fim = self.tokenizer.fim_ids
+        config = RowConfig(
+            self.sequence_length, self.data.packing, self.data.fim_rate, fim, self.tokenizer.pad_id, self.seed
+        )
+        saved, packers = self._states.get(lane), {}
+        for number, (name, source) in enumerate(self.corpus.sources.items()):
+            stream = source.stream(Lane(lane, self.num_lanes, self.seed, number))
+            packers[name] = Packer(stream, config, PackerState(**saved["sources"][name]) if saved else None)
+        before, tokens, length = self.progress.rows, self.progress.tokens, self.sequence_length
+        reached = lambda number: tokens + (number - before) * length  # noqa: E731
+        return LaneReader(lane, self.num_lanes, packers, self.mixture, reached, self.data.when_dry, saved)
+
+
+def merged_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One position from those of all data ranks: of each lane the place furthest on."""
+    lanes: dict[str, Any] = {}
+    for state in states:
+        for lane, own in state["lanes"].items():
+            if lane not in lanes or own["next"] > lanes[lane]["next"]:
+                lanes[lane] = own
+    merged = states[0] | {"lanes": lanes}
+    counts = [merged.pop("skipped_before"), *(state["skipped"] for state in states)]
+    skipped = {name: Counter() for name in states[0]["skipped"]}
+    for own in counts:
+        for name, kinds in own.items():
+            skipped[name].update(kinds)
+    return merged | {"skipped": {name: dict(kinds) for name, kinds in skipped.items()}}

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from v4train.data.config import SourceConfig
 from v4train.errors import ConfigError
 
 # Not library text: other packages, the library's own tests (a third of it), what is written by the build of one
@@ -19,15 +20,6 @@ _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 _STDLIB_BUILD_FILES = ("_sysconfigdata_", "config-")
 
 logger = logging.getLogger("v4train")
-
-
-@dataclass
-class DataConfig:
-    """Config group `data`."""
-
-    source: str  # which reader: a key of SOURCES
-    path: Any  # null, a file, a folder, a glob, or a list of these
-    validation_fraction: float  # share of the documents held out, 0 < fraction < 1
 
 
 @dataclass(frozen=True)
@@ -66,22 +58,7 @@ class Documents:
         return digest.hexdigest()
 
 
-def check_data(config: DataConfig) -> None:
-    """Raise ConfigError (data.*) where `config` names no data. Lists files, reads none."""
-    _files(config)
-
-
-def _files(config: DataConfig) -> dict[str, Path]:
-    if config.source not in SOURCES:
-        raise ConfigError("data.source", config.source, "no such source", f"one of {', '.join(SOURCES)}")
-    if not 0 < config.validation_fraction < 1:
-        raise ConfigError(
-            "data.validation_fraction", config.validation_fraction, "a share between 0 and 1", "for example 0.03"
-        )
-    return SOURCES[config.source](config.path)
-
-
-def find_documents(config: DataConfig) -> Documents:
+def find_documents(config: SourceConfig) -> Documents:
     """The documents of `config`, split into training and validation.
 
     A document is held out when the SHA-256 of its name, as a fraction of its range, lies below `validation_fraction`,
@@ -91,7 +68,7 @@ def find_documents(config: DataConfig) -> Documents:
     boundary, its end held out. Empty files, binary files (with a zero byte) and copies of another file's content are
     left out. Raises ConfigError (data.*).
     """
-    documents = _read_index(_files(config))
+    documents = _read_index(SOURCES[config.source](config.path))
     if not documents:
         raise ConfigError("data.path", config.path, "no text in any file", "name files with text in them")
     train, validation = _split(documents, config.validation_fraction)

@@ -40,6 +40,14 @@ def all_sum_tensor(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value (picklable), by rank."""
+    values = [value] * dist.get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def _reduced(vector: Tensor, device: torch.device) -> Tensor:
     vector = vector.to(device)
     dist.all_reduce(vector)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from v4train.config import Settings
-from v4train.data import load_data
+from v4train.data import Source, load_data
 from v4train.errors import ConfigError
 from v4train.model import build_model
 from v4train.model.compiled import compile_model
@@ -95,7 +95,7 @@ def _make_trainer(settings: Settings, directory: RunDirectory, reader: checkpoin
         keep_freed_memory()
         if settings.precision == "bf16" and not has_fast_bf16():
             logger.warning("precision=bf16: this CPU has no bf16 instructions, so products are slower than with fp32")
-    tokenizer, corpus = load_data(settings.data, settings.tokenizer)
+    tokenizer, corpus = load_data(settings.data, settings.tokenizer, train.validation_tokens)
     with torch.device("meta"):
         model = build_model(settings.model)
     layout = Layout(model, topology, train.sequence_length)
@@ -157,7 +157,7 @@ def _show_start(trainer: Trainer, start: Path | None, seconds: float) -> None:
     rows = [
         ("model", f"{settings.model.name}: {' '.join(settings.model.layer_kinds)}"),
         ("parameters", f"{total / 1e6:.2f} M, of which {active / 1e6:.2f} M active for a token"),
-        ("data", f"{trainer.corpus.source}, {trainer.corpus.train.num_tokens:,} training tokens"),
+        ("data", ", ".join(map(_shown_source, trainer.corpus.sources.values()))),
         ("training", f"{train.total_steps} steps, {train.total_steps * train.tokens_per_step:,} tokens, {batch}"),
         ("layout", f"{layout}, {settings.precision}"),
         ("optimizer", split),
@@ -168,9 +168,14 @@ def _show_start(trainer: Trainer, start: Path | None, seconds: float) -> None:
     start_table(rows, f"v4train: {settings.run.name}")
 
 
+def _shown_source(source: Source) -> str:
+    size = "streamed" if source.num_tokens is None else f"{source.num_tokens:,} training tokens"
+    return f"{source.name}, {size}"
+
+
 def _finish(trainer: Trainer) -> dict[str, float]:
     """Sample, plot, summary and the closing lines, unless the run only paused; returns the final figures."""
-    if trainer.step < trainer.train.total_steps:
+    if trainer.step < trainer.train.total_steps and not trainer.dry:
         trainer.tracker.finish()
         return trainer.validation
     text = _sample(trainer)

@@ -15,21 +15,26 @@ from v4train.analysis.flops import training_flops_per_token
 from v4train.config import Settings
 from v4train.data import (
     Batch,
+    BatchConfig,
     Corpus,
+    EndOfData,
     Loader,
+    TokenizedDocuments,
     Tokenizer,
+    merged_states,
     target_bytes,
     target_counts,
     unigram_entropy,
     validation_batches,
 )
+from v4train.errors import ConfigError
 from v4train.model import Transformer
 from v4train.model.losses import Recorded, share
 from v4train.model.moe.balance import max_violation
 from v4train.optim.schedules import learning_rate
 from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
-from v4train.train.distributed import all_max, all_sum, all_sum_tensor
+from v4train.train.distributed import all_max, all_sum, all_sum_tensor, gathered
 from v4train.train.metrics import MetricsFile
 from v4train.train.profiler import StepProfiler
 from v4train.train.progress import Progress
@@ -63,21 +68,15 @@ class Trainer:
         self._set_attention_mode(self.train.attention_mode)
         self.corpus, self.tokenizer = corpus, tokenizer
         self.directory, self.tracker = directory, tracker
-        self.loader = Loader(
-            corpus,
-            self.train.sequence_length,
-            self.train.global_batch_size,
-            self.train.micro_batch_size,
-            self.topology.index("data"),
-            self.topology.sizes.data,
-            settings.seed,
-        )
+        sizes = (self.train.global_batch_size, self.train.micro_batch_size)
+        batch = BatchConfig(*sizes, self.topology.index("data"), self.topology.sizes.data)
+        self.loader = Loader(corpus, settings.data, tokenizer, self.train.sequence_length, batch, settings.seed)
         self.accumulation = self.train.global_batch_size // (self.train.micro_batch_size * self.topology.sizes.data)
         # Of ranks with the same tokens one counts
         self.counts = not self.topology.index("tensor")
         self.step = 0
         self.restored_step: int | None = None
-        self.interrupted = False
+        self.interrupted = self.dry = False  # dry: the data have ended
         self.validation: dict[str, float] = {}
         self.metrics = MetricsFile(directory.metrics) if self.topology.rank == 0 else None
         parts = {
@@ -99,7 +98,7 @@ class Trainer:
     @property
     def tokens(self) -> int:
         """Tokens trained on so far, over all ranks."""
-        return self.loader.rows_consumed * self.train.sequence_length
+        return self.loader.progress.tokens
 
     def fit(self) -> None:
         """Train to `last_step`, or to the step edge after a signal; then validate and save."""
@@ -109,6 +108,9 @@ class Trainer:
             while self.step < self.last_step and not self.interrupted:
                 with self.profiler.step(self.step + 1):
                     record = self.train_step(stop)
+                if record is None:
+                    progress.note(f"the data have ended after step {self.step}: data.epochs, data.when_dry")
+                    break
                 progress.update(self.step, record["loss"], record["tokens_per_second"], lr=record["lr"])
                 if self.step % self.train.log_every == 0 or self.step == self.last_step or self.interrupted:
                     self.log(record)
@@ -123,14 +125,20 @@ class Trainer:
             if saved != self.step:
                 path = self.save()
                 progress.note(f"checkpoint {path}")
+            for line in self._left_out():
+                progress.note(line)
             if self.interrupted:
                 progress.note(f"stopped by a signal after step {self.step}; the same command continues from there")
 
-    def train_step(self, stop: StopRequest) -> dict[str, Any]:
-        """One optimizer step on the global batch; returns what is logged of it."""
+    def train_step(self, stop: StopRequest) -> dict[str, Any] | None:
+        """One optimizer step on the global batch; returns what is logged of it. None where the data have ended."""
         started = time.perf_counter()
         self.model.train()
-        batches = [self._own(batch) for batch in self.loader.next_step()]
+        batches = self._next_batches()
+        if batches is None:
+            self.dry = True
+            return None
+        waited = time.perf_counter() - started
         self._set_normalisation(batches)
         recorded = self.engine.train(batches)
         rate = learning_rate(self.step, self.train.total_steps, self.settings.schedule)
@@ -140,7 +148,9 @@ class Trainer:
         learning = self.train.attention_mode != "indexer_warmup"  # the routers too
         violation = self._balance_routers(result.finite and learning)
         self.step += 1
-        values, stopping = self._over_ranks(recorded, stop.requested)
+        values, data, stopping = self._over_ranks(recorded, stop.requested)
+        self.loader.count(data)
+        progress = self.loader.progress
         self.interrupted = stopping and self.step < self.last_step
         seconds = time.perf_counter() - started
         return {
@@ -158,14 +168,36 @@ class Trainer:
             "attention_mode": self.model.attention_mode,
             "sequence_length": self.train.sequence_length,
             "global_batch_size": self.train.global_batch_size,
-            "data_tokens": self.loader.data_tokens,
-            "epoch": self.loader.epoch,
+            "data_tokens": dict(progress.by_source),
+            "batch_tokens": {name[len("tokens/") :]: int(n) for name, n in data.items() if name.startswith("tokens/")},
+            "epoch": self._epochs(),
+            "padding": progress.padding / max(1, progress.tokens),
+            "truncated": progress.truncated / max(1, progress.documents),
+            "data_seconds": waited,
             "step_seconds": seconds,
         }
 
-    def _over_ranks(self, recorded: Recorded, stop: bool) -> tuple[dict[str, float], bool]:
-        """What is logged of a step's losses, over all ranks; and whether any rank is asked to stop."""
+    def _next_batches(self) -> list[Batch] | None:
+        """This rank's micro-batches; None on every rank where one has reached the end of the data.
+
+        Bad data that one rank has met are every rank's error.
+        """
+        problem, batches = None, []
+        try:
+            batches = self.loader.next_step()
+        except (EndOfData, ConfigError) as error:
+            problem = error
+        if not all_max(float(problem is not None), self.topology.device):
+            return [self._own(batch) for batch in batches]
+        errors = [error for error in gathered(problem) if isinstance(error, ConfigError)]
+        if errors:
+            raise errors[0]
+        return None
+
+    def _over_ranks(self, recorded: Recorded, stop: bool) -> tuple[dict[str, float], dict[str, float], bool]:
+        """Of a step, over all ranks: what is logged of its losses, the loader's counts, and whether to stop."""
         values: dict[Any, Any] = {("stop", 0): float(stop)}
+        values |= {("data", name): count * self._counts_data for name, count in self.loader.counts.items()}
         if self.counts:
             values |= {(name, "sum"): total for name, total in recorded.sums.items()}
             values |= {(name, "count"): count for name, count in recorded.counts.items()}
@@ -173,24 +205,69 @@ class Trainer:
         differ = self.topology.sizes.tensor * self.topology.sizes.pipeline > 1
         sums = all_sum(values, self.topology.device, same_names=not differ)
         stopping = sums.pop(("stop", 0)) > 0
+        data = {name: sums.pop(("data", name)) for name in self.loader.counts}
         means = {name: total / sums[name, "count"] for (name, of), total in sums.items() if of == "sum"}
         parts = {name: part for (name, of), part in sums.items() if of == 0}
-        return means | {name: share(part, sums[name, 1]).item() for name, part in parts.items()}, stopping
+        shares = {name: share(part, sums[name, 1]).item() for name, part in parts.items()}
+        return means | shares, data, stopping
+
+    @property
+    def _counts_data(self) -> bool:
+        """Whether this rank counts its rows: of those that have the same ones, one does."""
+        return not any(self.topology.index(axis) for axis in ("tensor", "context", "pipeline"))
+
+    def _epochs(self) -> float | dict[str, float]:
+        epochs = self.loader.epochs()
+        return epochs if len(epochs) > 1 else next(iter(epochs.values()), 0.0)
+
+    def _left_out(self) -> list[str]:
+        """Bad data that were left out, over all ranks and this run's restarts: a line for each source."""
+        skipped = self._loader_state()["skipped"]
+        return [
+            f"data left out of {source}: " + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in kinds.items())
+            for source, kinds in skipped.items()
+            if kinds
+        ]
+
+    def _loader_state(self) -> dict[str, Any]:
+        """The data position of all ranks together; every rank must call it."""
+        return merged_states(gathered(self.loader.state_dict(with_skipped=self._counts_data)))
 
     def validate(self, progress: Progress) -> None:
         """Loss and bits per byte on held-out text, and the entropy of its tokens (a model without context)."""
         self.model.eval()
         self.model.losses.denominators = {"lm_loss": 1.0, "mtp_loss": 1.0}  # sums, divided below by global counts
+        sources = self.corpus.sources.values()
+        share = -(-self.train.validation_tokens // len(sources))
+        parts = {source.name: self._validate_source(source.validation, share) for source in sources}
+        nats, text_bytes = (sum(part[i] for part in parts.values()) for i in range(2))
+        counts = sum(part[2] for part in parts.values())
+        loss, entropy = nats / int(counts.sum()), unigram_entropy(counts)
+        self.validation = {
+            "step": self.step,
+            "val_loss": loss,
+            "val_bits_per_byte": nats / math.log(2) / text_bytes,
+            "val_tokens": int(counts.sum()),
+            "unigram_entropy": entropy,
+            "val_gain_over_unigram": entropy - loss,
+        }
+        if len(parts) > 1:
+            own = {name: part[0] / int(part[2].sum()) for name, part in parts.items()}
+            self.validation |= {f"val_loss/{name}": value for name, value in own.items()}
+        progress.note(
+            f"step {self.step}: validation loss {loss:.4f} nats/token, "
+            f"{self.validation['val_bits_per_byte']:.4f} bits/byte, "
+            f"{entropy - loss:.4f} below the unigram entropy {entropy:.4f}"
+        )
+        self.log({"tokens": self.tokens, **self.validation})
+
+    def _validate_source(self, documents: TokenizedDocuments, tokens: int) -> tuple[float, float, torch.Tensor]:
+        """(nats, bytes, targets by token [V]) of up to so many tokens of held-out documents, over all ranks."""
         counts = torch.zeros(self.settings.model.vocab_size, dtype=torch.long)
         sums: dict[str, Any] = {"nats": 0.0, "bytes": 0.0}
-        for batch in validation_batches(
-            self.corpus,
-            self.train.sequence_length,
-            self.train.micro_batch_size,
-            self.train.validation_tokens,
-            self.topology.index("data"),
-            self.topology.sizes.data,
-        ):
+        sizes = (self.train.sequence_length, self.train.micro_batch_size, tokens)
+        of_rank = (self.topology.index("data"), self.topology.sizes.data)
+        for batch in validation_batches(documents, *sizes, *of_rank, self.tokenizer.pad_id):
             batch = self._own(batch)
             if self.counts and not self.topology.index("pipeline"):
                 counts += target_counts(batch.own_targets.cpu(), len(counts))
@@ -198,21 +275,7 @@ class Trainer:
             sums["nats"] += self.engine.validation_loss(batch).double() * self.counts
         counts = all_sum_tensor(counts.to(self.topology.device)).cpu()
         totals = all_sum(sums, self.topology.device)
-        loss, entropy = totals["nats"] / int(counts.sum()), unigram_entropy(counts)
-        self.validation = {
-            "step": self.step,
-            "val_loss": loss,
-            "val_bits_per_byte": totals["nats"] / math.log(2) / totals["bytes"],
-            "val_tokens": int(counts.sum()),
-            "unigram_entropy": entropy,
-            "val_gain_over_unigram": entropy - loss,
-        }
-        progress.note(
-            f"step {self.step}: validation loss {loss:.4f} nats/token, "
-            f"{self.validation['val_bits_per_byte']:.4f} bits/byte, "
-            f"{entropy - loss:.4f} below the unigram entropy {entropy:.4f}"
-        )
-        self.log({"tokens": self.tokens, **self.validation})
+        return totals["nats"], totals["bytes"], counts
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to W&B."""
@@ -224,7 +287,7 @@ class Trainer:
         """Write a checkpoint of everything that the next step depends on (DESIGN 10)."""
         state = {
             "tokens": self.tokens,
-            "loader": self.loader.state_dict(),
+            "loader": self._loader_state(),
             "rng": torch.get_rng_state().numpy().tobytes().hex(),
             "validation": self.validation,
             "wandb_id": self.tracker.run_id,
