@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 from v4train.data import DataConfig, TokenizerConfig, load_data
-tokenizer, corpus = load_data(DataConfig("text", sys.argv[1], 0.2), TokenizerConfig(300, sys.argv[2]))
+tokenizer, corpus = load_data(DataConfig("text", sys.argv[1], 0.2), TokenizerConfig(300, sys.argv[2], None, 1 << 28))
 print(tokenizer.fingerprint, corpus.fingerprint, int(corpus.train.tokens.sum()), int(corpus.validation.tokens.sum()))
 """
 
@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 def load(folder, cache, vocab_size=300):
-    return load_data(DataConfig("text", str(folder), 0.2), TokenizerConfig(vocab_size, str(cache)))
+    return load_data(DataConfig("text", str(folder), 0.2), TokenizerConfig(vocab_size, str(cache), None, 1 << 28))
 
 
 @pytest.mark.parametrize("vocab_size", [300, 100_000])

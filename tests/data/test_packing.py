@@ -1,120 +1,181 @@
+"""Packing against slow twins: nothing lost, little padded, few documents cut."""
+
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4train.data.corpus import TokenizedDocuments
-from v4train.data.packing import Packing, Stream, permutation
-from v4train.errors import ConfigError
+from tests.documents import IGNORED, assert_every_token_once, documents_of
+from v4train.data import packing
+from v4train.data.packing import (
+    MOST_PADDING,
+    PACKINGS,
+    Packed,
+    Piece,
+    best_fit,
+    build_row,
+    concatenate,
+    packed,
+    permutation,
+    raw_numbers,
+    rejoined,
+    shuffled,
+)
 
 PAD = 2
 
-
-def documents_of(lengths):
-    """Every token differs from every other: token t of the corpus is 10 + t."""
-    offsets = np.cumsum([0, *lengths])
-    return TokenizedDocuments(np.arange(10, 10 + offsets[-1], dtype=np.uint32), offsets.astype(np.int64))
+many_lengths = st.lists(st.integers(2, 40), min_size=1, max_size=60)
+row_length = st.integers(1, 30)
 
 
-def naive_rows(documents, order, length):
-    """Every row of a stream, token by token; the last one padded."""
-    stream = []
-    for document in order:
-        for position in range(documents.offsets[document], documents.offsets[document + 1]):
-            stream.append((int(documents.tokens[position]), int(document)))
-    rows = []
-    for first in range(0, len(stream), length):
-        inputs, ids, targets = [], [], []
-        for position in range(first, first + length):
-            token, document = stream[position] if position < len(stream) else (PAD, -1)
-            following, next_document = stream[position + 1] if position + 1 < len(stream) else (None, None)
-            inputs.append(token)
-            ids.append(document)
-            targets.append(following if document == next_document else -100)
-        rows.append((inputs, ids, targets))
-    return rows
+def pieces_of(lengths):
+    return [Piece(i, 0, size) for i, size in enumerate(lengths)]
 
 
-def as_lists(row):
-    return tuple(field.tolist() for field in row)
+def fill(row):
+    return sum(piece.size for piece in row)
 
 
-lengths_and_row = st.tuples(st.lists(st.integers(2, 30), min_size=1, max_size=12), st.integers(1, 25))
+def naive_best_fit(lengths, length):
+    """Fills of the rows: every piece goes into the fullest row that has room, the longest piece first."""
+    rows = [length for size in lengths for _ in range(size // length)]
+    for rest in sorted((size % length for size in lengths if size % length), reverse=True):
+        having_room = [i for i, taken in enumerate(rows) if taken + rest <= length]
+        if having_room:
+            rows[max(having_room, key=rows.__getitem__)] += rest
+        else:
+            rows.append(rest)
+    return sorted(rows)
 
 
-@settings(max_examples=200, deadline=None)
-@given(case=lengths_and_row, seed=st.integers(0, 2**40))
-def test_rows_of_a_stream_equal_the_naive_ones(case, seed):
-    lengths, length = case
+def without_joining(lengths, length):
+    with patch.object(packing, "_without_gaps", lambda rows, _: rows):
+        return best_fit(pieces_of(lengths), length)
+
+
+@settings(max_examples=200)
+@given(many_lengths, row_length)
+def test_best_fit_fills_rows_as_the_naive_one_does(lengths, length):
+    assert sorted(map(fill, without_joining(lengths, length))) == naive_best_fit(lengths, length)
+
+
+@settings(max_examples=200)
+@given(many_lengths, row_length)
+def test_best_fit_cuts_no_document_that_fits_before_rows_are_joined(lengths, length):
+    for row in without_joining(lengths, length):
+        assert fill(row) <= length
+        assert all(piece.size in (lengths[piece.document], lengths[piece.document] % length, length) for piece in row)
+        assert all(piece.size == lengths[piece.document] for piece in row if lengths[piece.document] <= length)
+
+
+@settings(max_examples=300)
+@given(many_lengths, row_length)
+def test_only_the_emptiest_rows_are_joined_and_no_more_than_it_takes(lengths, length):
+    before, after = without_joining(lengths, length), best_fit(pieces_of(lengths), length)
+    total = sum(lengths)
+    most = max(-(-total // length), int(total / (length * (1 - MOST_PADDING))))
+    assert len(after) == min(len(before), most)
+    kept = [row for row in before if row in after]
+    joined = [row for row in before if row not in after]
+    assert not joined or not kept or max(map(fill, joined)) <= min(map(fill, kept))
+    # Without the fullest of the joined ones there would be too many rows.
+    fills = sorted(map(fill, joined))
+    assert not joined or len(kept) + 1 + -(-sum(fills[:-1]) // length) > len(after)
+    in_joined = {piece.document for row in joined for piece in row}
+    cut = {p.document for row in after for p in row if p.size < lengths[p.document] <= length}
+    assert cut <= in_joined
+
+
+@settings(max_examples=100)
+@given(many_lengths, row_length, st.sampled_from(sorted(PACKINGS)))
+def test_every_token_is_in_one_row_and_one_target(lengths, length, name):
     documents = documents_of(lengths)
-    order = permutation(len(lengths), seed)
-    stream = Stream(documents, order)
-    expected = naive_rows(documents, order, length)
-    assert [as_lists(stream.row(i * length, length, PAD)) for i in range(len(expected))] == expected
-    assert all(field.dtype == np.int64 and field.shape == (length,) for field in stream.row(0, length, PAD))
+    rows = PACKINGS[name](pieces_of(lengths), length)
+    assert len(rows) <= max(-(-documents.num_tokens // length), documents.num_tokens / (length * (1 - MOST_PADDING)))
+    assert_every_token_once([build_row(row, documents, length, PAD) for row in rows], documents)
 
 
-@settings(max_examples=200, deadline=None)
-@given(case=lengths_and_row, seed=st.integers(0, 2**40), epoch=st.integers(0, 3))
-def test_an_epoch_visits_every_token_once(case, seed, epoch):
-    lengths, length = case
-    documents = documents_of(lengths)
-    if documents.num_tokens < length:
-        with pytest.raises(ConfigError, match=f"train.sequence_length={length}"):
-            Packing(documents, length, seed, PAD)
-        return
-    packing = Packing(documents, length, seed, PAD)
-    assert packing.rows_per_epoch == documents.num_tokens // length
-    rows = [packing.row(epoch * packing.rows_per_epoch + i) for i in range(packing.rows_per_epoch)]
-    inputs = np.concatenate([row.input_ids for row in rows])
-    targets = np.concatenate([row.targets for row in rows])
-    ids = np.concatenate([row.document_ids for row in rows])
-    # Inputs: no token twice; those that never appear are the counted rest.
-    assert len(set(inputs.tolist())) == len(inputs)
-    assert len(inputs) + packing.dropped_tokens_per_epoch == documents.num_tokens
-    # Targets: every token that isn't its document's first one, save those behind the last whole row.
-    valid = targets != -100
-    assert len(set(targets[valid].tolist())) == valid.sum()
-    last_tokens = set((documents.offsets[1:] - 1 + 10).tolist())
-    assert set(inputs[~valid].tolist()) == last_tokens & set(inputs.tolist())
-    # The following token of the same document, and never another's.
-    np.testing.assert_array_equal(targets[valid], inputs[valid] + 1)
-    np.testing.assert_array_equal(np.searchsorted(documents.offsets, inputs - 10, side="right") - 1, ids)
-    # Same rows as the naive stream, in an order of their own.
-    naive = naive_rows(documents, permutation(len(lengths), seed, epoch, 0), length)[: packing.rows_per_epoch]
-    assert sorted(map(as_lists, rows)) == sorted(naive)
-    located = [packing.locate(epoch * packing.rows_per_epoch + i) for i in range(packing.rows_per_epoch)]
-    assert [as_lists(row) for row in rows] == [naive[r] for e, r in located]
-    assert sorted(located) == [(epoch, r) for r in range(packing.rows_per_epoch)]
+def test_padding_and_cuts_of_many_documents():
+    lengths = (np.random.default_rng(0).lognormal(6, 1.3, 4000).astype(int) + 2).tolist()
+    total = sum(lengths)
+
+    def shares(name):
+        each = [packed(row, np.array(lengths), 1024) for row in PACKINGS[name](pieces_of(lengths), 1024)]
+        _, padding, documents, _, truncated = (sum(column) for column in zip(*each, strict=True))
+        assert documents == len(lengths)
+        return padding / total, truncated / documents
+
+    padding, truncated = shares("best_fit")
+    assert padding <= MOST_PADDING and truncated < 0.5 * shares("concatenate")[1]
 
 
-def test_row_number_is_a_pure_function():
-    documents = documents_of([7] * 40)
-    packing, other = Packing(documents, 5, 3, PAD), Packing(documents, 5, 3, PAD)
-    numbers = [0, 500, 56, 3, 55, 57, 112, 0, 168, 1]
-    forward = {n: as_lists(other.row(n)) for n in sorted(numbers)}
-    assert all(as_lists(packing.row(n)) == forward[n] for n in numbers)
+@settings(max_examples=100)
+@given(many_lengths, row_length)
+def test_concatenation_is_the_naive_one(lengths, length):
+    stream = [(document, token) for document, size in enumerate(lengths) for token in range(size)]
+    expected = [stream[first : first + length] for first in range(0, len(stream), length)]
+    rows = concatenate(pieces_of(lengths), length)
+    assert [[(p.document, token) for p in row for token in range(p.start, p.stop)] for row in rows] == expected
 
 
-def test_orders_differ_between_epochs_and_seeds():
-    documents = documents_of([10] * 50)
+def test_a_row_token_by_token():
+    documents = documents_of([4, 5, 3])  # 10.., 14.., 19..
+    row = build_row([Piece(1, 1, 3), Piece(2, 0, 3), Piece(0, 2, 4)], documents, 9, PAD)
+    assert row.input_ids.tolist() == [15, 16, 19, 20, 21, 12, 13, PAD, PAD]
+    assert row.document_ids.tolist() == [0, 0, 1, 1, 1, 2, 2, -1, -1]
+    no = IGNORED
+    assert row.targets.tolist() == [16, 17, 20, 21, no, 13, no, no, no]  # 17: the document goes on elsewhere
+    assert {field.dtype for field in row} == {np.dtype(np.int64)}
 
-    def epoch(seed, number):
-        packing = Packing(documents, 25, seed, PAD)
-        return [as_lists(packing.row(number * packing.rows_per_epoch + i)) for i in range(packing.rows_per_epoch)]
 
-    assert len({str(epoch(seed, number)) for seed in (0, 1) for number in (0, 1)}) == 4
-    assert sorted(epoch(0, 0)) != sorted(epoch(0, 1))  # other neighbours, not only another order of the same rows
+def test_what_is_counted_of_a_row():
+    lengths = np.array([4, 5, 30, 6])
+    assert packed([Piece(0, 0, 4), Piece(1, 0, 3)], lengths, 10) == Packed(7, 3, 2, 2, 1)
+    assert packed([Piece(2, 0, 10)], lengths, 10) == Packed(10, 0, 1, 0, 0)  # it never fitted
+    assert packed([Piece(2, 10, 20)], lengths, 10) == Packed(10, 0, 0, 0, 0)
+    assert packed([Piece(1, 3, 5), Piece(3, 0, 6)], lengths, 10) == Packed(8, 2, 1, 1, 0)
 
 
-def test_a_huge_document_does_not_fill_a_batch():
-    packing = Packing(documents_of([20] * 100 + [2000]), 20, 0, PAD)
-    huge = [bool((packing.row(n).document_ids == 100).any()) for n in range(packing.rows_per_epoch)]
-    batches = np.array(huge[:200]).reshape(10, 20).mean(1)
-    assert 0.2 < batches.min() and batches.max() < 0.8
+def test_pieces_that_follow_on_one_another_are_joined():
+    pieces = [Piece(1, 4, 6), Piece(0, 8, 9), Piece(1, 0, 4), Piece(0, 0, 4), Piece(2, 0, 1), Piece(1, 6, 7)]
+    assert rejoined(pieces) == [Piece(0, 0, 4), Piece(0, 8, 9), Piece(1, 0, 7), Piece(2, 0, 1)]
+    assert rejoined([]) == []
 
 
 def test_permutation_is_one_and_does_not_change():
     assert sorted(permutation(1000, 1, 2, 3).tolist()) == list(range(1000))
-    assert permutation(8, 0, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]  # NumPy 2.x; a resumed run relies on it
+    assert permutation(8, 0, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]  # a resumed run relies on it
     assert permutation(0, 1).tolist() == []
+
+
+@pytest.mark.parametrize("count", [*range(1, 70), 255, 256, 257, 1000, 4095, 4096, 4097, 20_000])
+def test_shuffled_is_a_permutation(count):
+    assert sorted(shuffled(np.arange(count), count, 5, count).tolist()) == list(range(count))
+
+
+def test_shuffled_is_a_function_of_each_index_and_the_key():
+    count = 10**12
+    index = np.array([0, 1, 7, count - 1, 123_456_789_012])
+    together = shuffled(index, count, 3)
+    assert [int(shuffled(index[i : i + 1], count, 3)[0]) for i in range(5)] == together.tolist()
+    assert ((0 <= together) & (together < count)).all() and len(set(together.tolist())) == 5
+    assert shuffled(index, count, 4).tolist() != together.tolist()
+    assert index.tolist() == [0, 1, 7, count - 1, 123_456_789_012]  # left as it was
+    assert shuffled(index[:0], count, 3).tolist() == []
+
+
+def test_shuffled_and_raw_numbers_do_not_change():
+    """A resumed run relies on them."""
+    assert shuffled(np.arange(10), 10, 0, 0, 0).tolist() == [9, 5, 1, 6, 4, 8, 7, 0, 2, 3]
+    assert shuffled(np.arange(3), 10**9, 7, 1, 2).tolist() == [921201888, 762623030, 28168428]
+    assert raw_numbers(2, 1, 2, 3).tolist() == [12368030237656201616, 2047858591075935483]
+
+
+def test_shuffled_looks_random():
+    order = shuffled(np.arange(10_000), 10_000, 1)
+    assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.04
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.04
+    halves = (order < 5000).reshape(100, 100).sum(1)  # places of each hundred in the first half: binomial
+    assert 4 < halves.std() < 6

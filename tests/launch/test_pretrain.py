@@ -70,7 +70,9 @@ def test_every_line_of_the_metrics_has_the_promised_keys(finished):
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert all(key in record for record in steps for key in keys)
-    assert steps[-1]["data_tokens"] == {"text": STEPS * 4 * 96}
+    assert steps[-1]["tokens"] == STEPS * 4 * 96
+    assert steps[-1]["data_tokens"] == {"text": round(STEPS * 4 * 96 * (1 - steps[-1]["padding"]))}
+    assert len({record["data_hash"] for record in steps}) == STEPS
     validations = [record for record in records if "val_loss" in record]
     assert [record["step"] for record in validations] == [4, 8, STEPS]
     assert all(record["val_bits_per_byte"] > 0 for record in validations)

@@ -17,9 +17,7 @@ from v4train.data.texts import source_texts
 from v4train.data.tokenizer import Tokenizer
 
 _BATCHES = 2  # encoded at a time: while ids of one become numpy arrays, the cores are busy with the other
-_BATCH_CHARACTERS = (
-    min(32, max(4, os.cpu_count() or 1)) << 20
-)  # of text; the tokenizer takes 30 times as much for a while
+_BATCH_CHARACTERS = min(32, os.cpu_count() or 1) << 20  # encoded batches take some 30 times as many bytes
 
 
 @dataclass

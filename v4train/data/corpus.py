@@ -118,9 +118,9 @@ def check_data(data: DataConfig) -> None:
     if data.lanes is not None and data.lanes < 1:
         raise ConfigError("data.lanes", data.lanes, "at least 1", "use null for the default")
     sources = data.named_sources
-    Mixture(list(sources), data.weights)
     for name, source in sources.items():
         _check_source(f"data.sources.{name}" if data.sources else "data", source)
+    Mixture(list(sources), data.weights)
 
 
 def _check_source(key: str, config: SourceConfig) -> None:
@@ -138,7 +138,10 @@ def _check_source(key: str, config: SourceConfig) -> None:
         if getattr(config, name) < least:
             raise ConfigError(f"{key}.{name}", getattr(config, name), f"at least {least}", f"for example {least}")
     if config.source in SOURCES:
-        SOURCES[config.source](config.path)
+        try:
+            SOURCES[config.source](config.path)
+        except ConfigError as error:
+            raise ConfigError(f"{key}.path", error.value, error.rule, error.remedy) from None
     elif config.path in (None, "", []):
         rule = f"source {config.source} needs to know where its data are"
         raise ConfigError(f"{key}.path", config.path, rule, f"name them: {key}.path=<files>")

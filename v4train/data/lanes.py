@@ -4,6 +4,7 @@ Lanes know nothing of each other, nor of ranks: a rank reads the lanes that its 
 reads the same rows.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 
 from v4train.data.fill_in_middle import FillInMiddle
 from v4train.data.mixture import Mixture
-from v4train.data.packing import PACKINGS, Packed, Piece, Row, Window, build_row, packed, permutation
+from v4train.data.packing import PACKINGS, Packed, Piece, Row, Window, build_row, packed, permutation, rejoined
 from v4train.data.streams import Stream
 
 _ORDER = 2  # sets the order of a window's rows apart from other numbers of the window
@@ -61,16 +62,19 @@ class Packer:
     @property
     def epoch(self) -> float:
         """Passes over the documents so far."""
-        if self._rows is None:
-            return self._stream.epoch
-        return self._stream.epoch - (self._stream.epoch - self._begun) * len(self._rows) / max(1, self._planned)
+        left = len(self._rows) / self._planned if self._rows else 0
+        return self._stream.epoch - (self._stream.epoch - self._begun) * left
 
     def advance(self) -> bool:
         """Go on to the next row; False where the source is dry."""
-        while not self._left():
+        if self._rows is None:
+            self._stream.seek(self.state.start)
+            self._pack()
+        while not self._rows:
             if self._stream.position is None:
                 return False
-            self.state, self._rows = PackerState(self._stream.position, [[self._config.length, 0]]), None
+            self.state = PackerState(self._stream.position, [[self._config.length, 0]])
+            self._pack()
         self._row = self._rows.pop()
         self.state.parts[-1][1] += 1
         return True
@@ -81,17 +85,15 @@ class Packer:
         row = build_row(self._row, window, self._config.length, self._config.pad_id)
         return row, packed(self._row, window.lengths, self._config.length)
 
-    def _left(self) -> list[list[Piece]]:
-        if self._rows is None:
-            self._windows, pieces = [], []
-            self._stream.seek(self.state.start)
-            self._begun = self._stream.epoch
-            for length, taken in self.state.parts:
-                rows = self._packed(pieces, length)
-                self._planned = len(rows)
-                self._rows = rows[: len(rows) - taken]
-                pieces = [piece for row in reversed(self._rows) for piece in row]
-        return self._rows
+    def _pack(self) -> None:
+        """The rows that are left from the state on; the stream stands where it begins."""
+        self._windows, self._rows, self._begun = [], None, self._stream.epoch
+        rows: list[list[Piece]] = []
+        for length, taken in self.state.parts:
+            rows = self._packed(rejoined(piece for row in rows for piece in row), length)
+            self._planned = len(rows)
+            del rows[len(rows) - taken :]
+        self._rows = rows
 
     def _packed(self, pieces: list[Piece], length: int) -> list[list[Piece]]:
         """Rows of the pieces, and of further windows where they don't fill a row; the first one last."""
@@ -122,13 +124,19 @@ class _Joined:
 
 
 class LaneRow(NamedTuple):
-    """A row, its number in the global sequence, and the lane's state behind it."""
+    """A row, its number in the global sequence, and the lane's state behind it.
+
+    digest: two numbers in [0, 2^32), of the row's number and its tokens. Their sums over rows tell whether two runs
+    were trained on the same sequence.
+    """
 
     number: int
     row: Row
     packed: Packed
     source: str
+    digest: tuple[int, int]
     state: dict[str, Any]
+    epochs: dict[str, float]  # passes over each source's documents in this lane so far
 
 
 class LaneReader:
@@ -165,13 +173,18 @@ class LaneReader:
                 continue
             self._next = number + self._count
             if number >= first_row and wanted(number):
-                return LaneRow(number, *packer.build(), source, self.state())
+                row, of_row = packer.build()
+                return LaneRow(number, row, of_row, source, _digest(number, row), self.state(), self._epochs())
 
     def state(self) -> dict[str, Any]:
         """Where the lane stands: plain values for JSON."""
         sources = {name: asdict(own.state) for name, own in self._packers.items()}
         return {"next": self._next, "dry": sorted(self._dry), "sources": sources}
 
-    def epochs(self) -> dict[str, float]:
-        """Passes over each source's documents in this lane so far."""
+    def _epochs(self) -> dict[str, float]:
         return {name: own.epoch for name, own in self._packers.items()}
+
+
+def _digest(number: int, row: Row) -> tuple[int, int]:
+    digest = hashlib.sha256(number.to_bytes(8) + row.input_ids.astype("<i4").tobytes()).digest()
+    return int.from_bytes(digest[:4]), int.from_bytes(digest[4:8])

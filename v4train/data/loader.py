@@ -1,9 +1,9 @@
 """Micro-batches of training rows for one data rank, with a position that fits in a few lines of JSON."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from math import gcd
+from math import ceil, gcd
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,13 @@ from v4train.data.config import DataConfig
 from v4train.data.corpus import Corpus
 from v4train.data.lanes import LaneReader, LaneRow, Packer, PackerState, RowConfig
 from v4train.data.mixture import Mixture
-from v4train.data.packing import IGNORED_TARGET, Row
+from v4train.data.packing import IGNORED_TARGET, PADDING_DOCUMENT, Row
 from v4train.data.prefetch import Prefetch
-from v4train.data.streams import Lane
+from v4train.data.streams import WINDOW_ROWS, Lane
 from v4train.data.tokenizer import Tokenizer
 from v4train.errors import ConfigError
 
-STEPS_AHEAD = 2  # that the workers read ahead
+STEPS_AHEAD, READ_AHEAD = 2, 1 << 26  # the least that the workers read ahead; bytes that they may, up to a window
 
 
 class EndOfData(Exception):
@@ -49,9 +49,12 @@ class Batch:
         if count == 1:
             return Batch(*(x.to(device) for x in (self.input_ids, self.document_ids, self.targets)))
         length = self.input_ids.shape[1] // count
-        begin, targets = index * length, F.pad(self.targets, (0, 1), value=IGNORED_TARGET)
-        own = [x[:, begin : begin + length] for x in (self.input_ids, self.document_ids)]
-        return Batch(*(x.contiguous().to(device) for x in (*own, targets[:, begin : begin + length + 1])))
+        begin, end = index * length, (index + 1) * length
+        own = [x[:, begin:end] for x in (self.input_ids, self.document_ids, self.targets)]
+        after = F.pad(self.targets, (0, 1), value=IGNORED_TARGET)[:, end : end + 1]
+        goes_on = F.pad(self.document_ids, (0, 1), value=PADDING_DOCUMENT)[:, end : end + 1] == own[1][:, -1:]
+        own[2] = torch.cat([own[2], torch.where(goes_on, after, IGNORED_TARGET)], 1)
+        return Batch(*(x.contiguous().to(device) for x in own))
 
 
 def stack_rows(rows: Iterable[Row]) -> Batch:
@@ -106,6 +109,13 @@ class Progress:
     documents: int = 0
     fitting: int = 0
     truncated: int = 0
+    hash_high: int = 0  # of the tokens of all rows and their numbers, in two halves of 32 bits
+    hash_low: int = 0
+
+    @property
+    def data_hash(self) -> str:
+        """16 hex digits: the same for the same sequence of tokens, whatever the ranks and interruptions."""
+        return f"{self.hash_high:08x}{self.hash_low:08x}"
 
 
 class Loader:
@@ -135,24 +145,40 @@ class Loader:
         self.mixture = Mixture(list(corpus.sources), data.weights)
         self.progress = Progress()
         self._states: dict[int, dict[str, Any]] = {}  # of lanes, as far as rows of them were trained on
-        self._readers: dict[int, LaneReader] = {}
+        self._states_before = self._states
+        self._epochs: dict[int, dict[str, float]] = {}  # by lane
         self._prefetch: Prefetch | None = None
-        self._skipped: dict[str, dict[str, int]] = {}  # bad data left out before this process, by source and kind
+        self._skipped: dict[str, dict[str, int]] = {}  # bad data left out before `load_state_dict`, by source and kind
+        self._not_counted: dict[str, dict[str, int]] = {}  # of the sources' problems, what that has already
         self.counts: Counter = Counter()
 
     def next_step(self) -> list[Batch]:
         """The micro-batches of the next optimizer step, [micro, S] each, in order.
 
-        Raises EndOfData on any rank whose rows are not there; nothing is taken then. `counts` are its figures.
+        `counts` are its figures. Raises EndOfData on a rank whose rows are not there; nothing is taken then, and where
+        another rank has taken its own, it is to `take_back`.
         """
         if self._prefetch is None:
             self._start()
-        taken = [[self._take(number) for number in rows] for rows in self.batch.rows(self.progress.rows)]
-        self._states |= {row.number % self.num_lanes: row.state for rows in taken for row in rows}
+        try:
+            taken = [[self._take(number) for number in rows] for rows in self.batch.rows(self.progress.rows)]
+        except BaseException:
+            self.close()  # a further call begins anew at the same row
+            raise
+        self._states_before = self._states
+        self._states = self._states | {row.number % self.num_lanes: row.state for rows in taken for row in rows}
+        self._epochs |= {row.number % self.num_lanes: row.epochs for rows in taken for row in rows}
         self.counts = self._counted(row for rows in taken for row in rows)
         self.progress.rows += self.batch.total
         self.progress.tokens += self.batch.total * self.sequence_length
         return [stack_rows(row.row for row in rows) for rows in taken]
+
+    def take_back(self) -> None:
+        """The last step was not trained on: go back to before it."""
+        self.close()
+        self.progress.rows -= self.batch.total
+        self.progress.tokens -= self.batch.total * self.sequence_length
+        self._states = self._states_before
 
     def count(self, everyones: dict[str, float]) -> None:
         """Add the last step's `counts`, summed over the data ranks, to `progress`."""
@@ -161,12 +187,13 @@ class Loader:
             if what == "tokens":
                 self.progress.by_source[source] += int(value)
             else:
-                setattr(self.progress, what, getattr(self.progress, what) + int(value))
+                total = getattr(self.progress, what) + int(value)
+                setattr(self.progress, what, total % (1 << 32) if what.startswith("hash") else total)
 
     def epochs(self) -> dict[str, float]:
-        """Passes over each source's documents so far, as far as this rank knows: with what is read ahead."""
-        everyones = [reader.epochs() for reader in self._readers.values()]
-        return {name: sum(of[name] for of in everyones) / len(everyones) for name in everyones[0]} if everyones else {}
+        """Passes over each source's documents so far: the mean over the lanes that this rank has read."""
+        lanes = self._epochs.values()
+        return {name: sum(of[name] for of in lanes) / len(lanes) for name in self.corpus.sources} if lanes else {}
 
     def set_sequence_length(self, length: int) -> None:
         """From the next step on. No token is lost or seen twice: what was packed and not trained on is packed anew.
@@ -180,14 +207,16 @@ class Loader:
         """End the threads. What was read ahead is read again where there is another step."""
         if self._prefetch is not None:
             self._prefetch.stop()
-        self._prefetch, self._readers = None, {}
+        self._prefetch = None
 
     def state_dict(self, with_skipped: bool = True) -> dict[str, Any]:
         """The position as this rank knows it; those of all ranks together are a run's, by `merged_states`.
 
         with_skipped: of ranks that read the same rows, one counts the bad data that were left out.
         """
-        skipped = {name: source.problems.counts if with_skipped else {} for name, source in self.corpus.sources.items()}
+        skipped = {name: {} for name in self.corpus.sources}
+        if with_skipped:
+            skipped = {name: dict(counts - Counter(self._not_counted.get(name))) for name, counts in self._problems()}
         return {
             "corpus": self.corpus.fingerprint,
             "seed": self.seed,
@@ -213,7 +242,10 @@ class Loader:
         progress = dict(state["progress"])
         self.progress = Progress(**progress | {"by_source": Counter(progress["by_source"])})
         self._states = {int(lane): own for lane, own in state["lanes"].items()}
-        self._skipped = state["skipped"]
+        self._skipped, self._not_counted, self._epochs = state["skipped"], dict(self._problems()), {}
+
+    def _problems(self) -> Iterator[tuple[str, Counter]]:
+        return ((name, Counter(source.problems.counts)) for name, source in self.corpus.sources.items())
 
     def _recipe(self) -> str:
         """What the sequence of rows depends on beside documents and seed."""
@@ -230,6 +262,7 @@ class Loader:
         for row in rows:
             counts[f"tokens/{row.source}"] += row.packed.tokens
             counts.update({name: value for name, value in row.packed._asdict().items() if name != "tokens"})
+            counts.update(dict(zip(("hash_high", "hash_low"), row.digest, strict=True)))
         return counts
 
     def _start(self) -> None:
@@ -237,11 +270,11 @@ class Loader:
         steps = range(first, first + self.batch.total * lanes // gcd(self.batch.total, lanes), self.batch.total)
         own = {number % lanes for step in steps for rows in self.batch.rows(step) for number in rows}
         readers = {lane: self._reader(lane) for lane in sorted(own)}
-        self._readers = readers
         wanted = self.batch.wanted(first)
         tasks = {lane: (lambda reader=reader: reader.read(wanted, first)) for lane, reader in readers.items()}
-        rows_a_step = self.batch.total // self.batch.world
-        self._prefetch = Prefetch(tasks, self.data.workers, ahead=max(2, STEPS_AHEAD * -(-rows_a_step // len(own))))
+        step = self.batch.total // self.batch.world / len(own)  # rows of a lane
+        ahead = max(2, ceil(STEPS_AHEAD * step), min(WINDOW_ROWS, READ_AHEAD // (24 * self.sequence_length * len(own))))
+        self._prefetch = Prefetch(tasks, self.data.workers, ahead)
 
     def _reader(self, lane: int) -> LaneReader:
         fim = self.tokenizer.fim_ids

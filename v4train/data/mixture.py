@@ -27,10 +27,15 @@ class Mixture:
             ConfigError: data.weights.
         """
         self.sources = list(sources)
-        phases = [{"from_tokens": 0, **(weights or dict.fromkeys(sources, 1.0))}]
-        phases = weights if isinstance(weights, list) else phases
         self._starts, self._shares = [], []
-        for phase in phases:
+        if weights is None:
+            weights = dict.fromkeys(sources, 1.0)
+        if isinstance(weights, Mapping):
+            weights = [{"from_tokens": 0, **weights}]
+        if not isinstance(weights, list) or not weights:
+            rule = "a weight for each source, or a list of such"
+            raise ConfigError("data.weights", weights, rule, "for example {web: 0.9, code: 0.1}, or null: all alike")
+        for phase in weights:
             if not isinstance(phase, Mapping) or "from_tokens" not in phase:
                 rule = "each of several weights says from which token on they hold"
                 raise ConfigError("data.weights", phase, rule, "for example [{from_tokens: 0, web: 0.9, code: 0.1}]")

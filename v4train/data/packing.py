@@ -74,16 +74,15 @@ def best_fit(pieces: Iterable[Piece], length: int) -> list[list[Piece]]:
 
 
 def _without_gaps(rows: list[list[Piece]], length: int) -> list[list[Piece]]:
-    """The rows, the emptiest of them joined end to end where more than MOST_PADDING would be padded."""
+    """The rows, as few of the emptiest as it takes joined end to end where more than MOST_PADDING would be padded."""
     fills = [sum(piece.size for piece in row) for row in rows]
     order = sorted(range(len(rows)), key=lambda number: fills[number])
-    padding, count, pooled = length * len(rows) - sum(fills), 0, 0
-    while padding > MOST_PADDING * length * len(rows) and count < len(rows):
+    fewest, enough = -(-sum(fills) // length), int(sum(fills) / (length * (1 - MOST_PADDING)))
+    surplus = len(rows) - max(fewest, enough)
+    count = pooled = 0
+    while count - -(-pooled // length) < surplus:
         pooled += fills[order[count]]
         count += 1
-        saved = count - -(-pooled // length)  # rows
-        if length * (len(rows) - saved) - sum(fills) <= MOST_PADDING * length * (len(rows) - saved):
-            break
     emptiest = set(order[:count])
     kept = [row for number, row in enumerate(rows) if number not in emptiest]
     return kept + concatenate((piece for number in order[:count] for piece in rows[number]), length)
@@ -102,6 +101,16 @@ def concatenate(pieces: Iterable[Piece], length: int) -> list[list[Piece]]:
             rows[-1].append(Piece(document, start, start + size))
             start, room = start + size, room - size
     return rows
+
+
+def rejoined(pieces: Iterable[Piece]) -> list[Piece]:
+    """The pieces in the order of their documents, those that follow on one another made one."""
+    joined: list[Piece] = []
+    for piece in sorted(pieces):
+        if joined and joined[-1].document == piece.document and joined[-1].stop == piece.start:
+            piece = Piece(piece.document, joined.pop().start, piece.stop)
+        joined.append(piece)
+    return joined
 
 
 PACKINGS: dict[str, Callable[[Iterable[Piece], int], list[list[Piece]]]] = {

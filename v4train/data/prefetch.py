@@ -27,16 +27,17 @@ class Prefetch:
             thread.start()
 
     def take(self, key: Hashable) -> Any:
-        """The next item of a sequence."""
+        """The next item of a sequence. What ended the sequence is raised again by every further call."""
         if not self._threads:
             return self._readers[key]()
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting[key])
-            item = self._waiting[key].popleft()
+            self._changed.wait_for(lambda: self._waiting[key] or self._stopped)
+            if self._stopped:
+                raise RuntimeError("taken from after stop()")
+            if isinstance(self._waiting[key][0], _Raised):
+                raise self._waiting[key][0].error
             self._changed.notify_all()
-        if isinstance(item, _Raised):
-            raise item.error
-        return item
+            return self._waiting[key].popleft()
 
     def stop(self) -> None:
         """End the threads; what was read ahead is dropped."""

@@ -24,6 +24,7 @@ WINDOW_ROWS, LONG_ROWS, LONG_WINDOW = 64, 16, 1 << 22  # streamed: rows of a win
 _ENCODED = 1 << 18  # characters tokenised at a time
 
 Position = list[Any]  # of the next document: plain values for JSON
+START = [0, 0, None]  # of streamed documents
 
 
 class Documents(Protocol):
@@ -92,7 +93,7 @@ class IndexedStream:
             numbers = numbers[self._documents.trained(numbers)]
             self._advance(epoch, int(places[-1]) + lane.count)
             if numbers.size:
-                return _Indexed((epoch, first), self._documents, numbers, self._documents.lengths(numbers))
+                return _Indexed((lane.source, epoch, first), self._documents, numbers, self._documents.lengths(numbers))
         return None
 
     def _advance(self, epoch: int, place: int) -> None:
@@ -137,20 +138,23 @@ class TextStream:
         self._files, self._reading, self._tokenizer = files, reading, tokenizer
         self._fraction, self._lane, self._epochs = validation_fraction, lane, epochs
         self._shared = len(files) < lane.count
-        self.seek([0, 0, None])
+        self._num_own = len(files if self._shared else files[lane.number :: lane.count])
+        self._texts = self._read(None)
+        self.seek(START)
 
     def seek(self, position: Position | None) -> None:
         self.position = position
         self._ready: deque[tuple[np.ndarray, Position | None]] = deque()  # documents, each with the position after it
-        if hasattr(self, "_texts"):
-            self._texts.close()
+        self._texts.close()
         self._texts = self._read(position)
 
     def window(self, length: int) -> Window | None:
         if self.position is None:
             return None
         wanted = min(WINDOW_ROWS * length, max(LONG_WINDOW, LONG_ROWS * length))
-        key, documents, size = _key(self.position), [], 0
+        if self.position == START:  # so that the lanes' windows don't all end at once
+            wanted = wanted * (self._lane.number + 1) // self._lane.count
+        key, documents, size = self._key(), [], 0
         while size < wanted and self._fill():
             document, after = self._ready[0]
             if documents and after[0] != self.position[0]:
@@ -167,7 +171,7 @@ class TextStream:
     def epoch(self) -> float:
         if self.position is None:
             return float(self._epochs)
-        return self.position[0] + self.position[1] / max(1, len(self._own(self.position[0])))
+        return self.position[0] + self.position[1] / self._num_own
 
     def _fill(self) -> bool:
         """See to it that a document is ready; whether there is one before the end."""
@@ -214,6 +218,6 @@ class TextStream:
         order = permutation(len(self._files), self._lane.seed, self._lane.source, epoch)
         return [self._files[i] for i in (order if self._shared else order[self._lane.number :: self._lane.count])]
 
-
-def _key(position: Position) -> tuple[int, ...]:
-    return (*position[:2], *(position[2] or [0]))
+    def _key(self) -> tuple[int, ...]:
+        epoch, place, inside = self.position
+        return self._lane.source, self._lane.number, epoch, place, *(inside or [0])

@@ -17,9 +17,7 @@ from v4train.errors import ConfigError
 
 SHARDS = "shards"  # a source that is tokenised already
 STREAMED = ("jsonl", "parquet", "arrow", "hub")
-_SAMPLED_FILES = (
-    32  # of a streamed source, that a tokenizer is trained from: evenly over its files, which may be sorted
-)
+_SAMPLED_FILES = 32  # of a streamed source, evenly over all (they may be sorted), that a tokenizer is trained from
 
 Position = list[int]
 

@@ -99,8 +99,6 @@ class Tokenizer:
             Where an existing tokenizer normalises text or puts a space before it, this counts what it makes of it.
     """
 
-    pad_id = 2  # of our own, for readers without an instance; to go when the loader has one
-
     def __init__(self, json_text: str, name: str | Path = "tokenizer.json") -> None:
         """`json_text`: the content of a tokenizer.json, ours or of another byte-level BPE or SentencePiece model.
 

@@ -1,11 +1,10 @@
 """Validation rows: the same for every run, seed and number of ranks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from v4train.data.corpus import TokenizedDocuments
 from v4train.data.loader import Batch, stack_rows
 from v4train.data.packing import (
     IGNORED_TARGET,
@@ -20,24 +19,14 @@ from v4train.data.packing import (
 _ORDER = 0  # key of the fixed order of documents, and of rows: a subset of rows draws on all documents
 
 
-@dataclass
-class _Whole:
-    """All held-out documents as one window."""
-
-    documents: Any
-
-    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        return self.documents.tokens(document, start, stop)
-
-
-def num_validation_rows(documents: Any, sequence_length: int, max_tokens: int) -> int:
+def num_validation_rows(documents: TokenizedDocuments, sequence_length: int, max_tokens: int) -> int:
     """Rows that `validation_batches` visits, all ranks together; at least one."""
     rows = -(-documents.num_tokens // sequence_length)
     return min(rows, max(1, max_tokens // sequence_length)) if max_tokens else rows
 
 
 def validation_batches(
-    documents: Any,
+    documents: TokenizedDocuments,
     sequence_length: int,
     batch_size: int,
     max_tokens: int,
@@ -47,11 +36,10 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """This rank's validation batches, [batch_size, S] each.
 
-    documents: those that are held out (`TokenizedDocuments`). `max_tokens` tokens (0: all) of them, end to end, in
-    whole rows drawn in a fixed order; the last row of the
-    documents is padded. Row i goes to rank i % data_world. Every rank gets the same number of batches of the same
-    shape, since a forward may hold collectives (ZeRO-3, experts): where rows run out, padding rows (document -1, no
-    target) fill up, so a rank's last batch may hold no target at all.
+    `max_tokens` tokens (0: all) of the held-out `documents`, end to end, in whole rows drawn in a fixed order; the last
+    row of the documents is padded. Row i goes to rank i % data_world. Every rank gets the same number of batches of the
+    same shape, since a forward may hold collectives (ZeRO-3, experts): where rows run out, padding rows (document -1,
+    no target) fill up, so a rank's last batch may hold no target at all.
     """
     order, sizes = permutation(documents.num_documents, _ORDER), np.diff(documents.offsets)
     packed = concatenate((Piece(int(i), 0, int(sizes[i])) for i in order), sequence_length)
@@ -60,7 +48,7 @@ def validation_batches(
     for first in range(data_rank, -(-rows // data_world) * data_world, batch_size * data_world):
         numbers = range(first, first + batch_size * data_world, data_world)
         yield stack_rows(
-            build_row(packed[chosen[number]], _Whole(documents), sequence_length, pad_id)
+            build_row(packed[chosen[number]], documents, sequence_length, pad_id)
             if number < rows
             else padding_row(sequence_length, pad_id)
             for number in numbers

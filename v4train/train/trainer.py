@@ -170,6 +170,7 @@ class Trainer:
             "global_batch_size": self.train.global_batch_size,
             "data_tokens": dict(progress.by_source),
             "batch_tokens": {name[len("tokens/") :]: int(n) for name, n in data.items() if name.startswith("tokens/")},
+            "data_hash": progress.data_hash,
             "epoch": self._epochs(),
             "padding": progress.padding / max(1, progress.tokens),
             "truncated": progress.truncated / max(1, progress.documents),
@@ -189,9 +190,13 @@ class Trainer:
             problem = error
         if not all_max(float(problem is not None), self.topology.device):
             return [self._own(batch) for batch in batches]
+        if problem is None:
+            self.loader.take_back()
         errors = [error for error in gathered(problem) if isinstance(error, ConfigError)]
         if errors:
             raise errors[0]
+        if problem is None:
+            self.loader.take_back()
         return None
 
     def _over_ranks(self, recorded: Recorded, stop: bool) -> tuple[dict[str, float], dict[str, float], bool]:
