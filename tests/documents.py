@@ -6,7 +6,6 @@ import numpy as np
 
 from v4train.data.config import DataConfig, SourceConfig
 from v4train.data.corpus import Source, TokenizedDocuments
-from v4train.data.problems import Problems
 from v4train.data.streams import IndexedStream, Lane
 
 FIRST = 10  # smaller ids are special tokens
@@ -26,7 +25,7 @@ def indexed_source(name, documents, epochs=None):
         return IndexedStream(documents, lane, epochs)
 
     sizes = documents.num_tokens, documents.num_documents
-    return Source(name, stream, documents, *sizes, f"fingerprint of {name} {sizes}", Problems("error"))
+    return Source(name, stream, documents, *sizes, f"fingerprint of {name} {sizes}")
 
 
 def data_config(**others) -> DataConfig:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.documents import FIRST, documents_of
 from v4train.data.fill_in_middle import FillInMiddle
-from v4train.data.packing import concatenate, Piece, build_row
+from v4train.data.packing import Piece, build_row, concatenate
 
 BEGIN, HOLE, END = 3, 4, 5
 

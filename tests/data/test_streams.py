@@ -54,6 +54,7 @@ def with_held_out(documents):
 @pytest.fixture
 def small_windows(monkeypatch):
     monkeypatch.setattr(streams, "WINDOW_DOCUMENTS", 5)
+    monkeypatch.setattr(streams, "LEAST_ROWS", 1)
     monkeypatch.setattr(streams, "_ENCODED", 30)
 
 
@@ -93,6 +94,7 @@ def test_held_out_documents_are_no_indexed_training_documents(small_windows):
 def test_indexed_windows_from_any_position(count, lanes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "WINDOW_DOCUMENTS", 3)
+        patch.setattr(streams, "LEAST_ROWS", 1)
         documents, lanes = documents_of([2] * count), min(lanes, count)
         stream = indexed(documents, lanes - 1, lanes, epochs=3)
         start, found = stream.position, windows_of(stream)
@@ -100,6 +102,14 @@ def test_indexed_windows_from_any_position(count, lanes):
             again = indexed(documents, lanes - 1, lanes, epochs=3)
             again.seek(json.loads(json.dumps(position)))
             assert windows_of(again) == found[number:]
+
+
+def test_an_indexed_window_has_rows_enough_for_any_length(monkeypatch):
+    monkeypatch.setattr(streams, "WINDOW_DOCUMENTS", 5)
+    stream = indexed(documents_of([2] * 2000))
+    assert [len(documents) for documents, *_ in windows_of(stream, length=1)[:2]] == [10, 10]  # 16 tokens or more
+    stream.seek([0, 0])
+    assert [len(documents) for documents, *_ in windows_of(stream, length=100)] == [800, 800, 400]
 
 
 def test_passes_of_an_indexed_stream(small_windows):

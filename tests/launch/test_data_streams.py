@@ -55,10 +55,14 @@ def environment() -> dict[str, str]:
     return os.environ | {"NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
 
 
-def finish(arguments: list[str]) -> None:
-    done = subprocess.run(
+def start(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
         arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=150, check=False
     )
+
+
+def finish(arguments: list[str]) -> None:
+    done = start(arguments)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -115,3 +119,32 @@ def test_cut_off_failing_and_killed_it_goes_on_with_the_same_tokens(server, base
     assert len(expected) == len(set(expected)) == STEPS and hashes(base, name) == expected
     assert losses(base, name) == pytest.approx(expected_losses, abs=2e-4)
     assert "from " in (base / name / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def damaged(base):
+    """JSON lines, four of which hold no text for four reasons, and the run's arguments but for the policy."""
+    texts = [json.loads(line)["text"] for line in corpus()["corpus/1.jsonl"].splitlines()]
+    lines = [json.dumps({"text": text[:400]}).encode() for text in texts]
+    lines[40:44] = [b'{"text": "caf\xe9"}', b"not JSON", b'{"other": 1}', b'{"text": ""}']
+    (base / "damaged.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    own = ["data=jsonl", "data.epochs=1", "train.validation_tokens=20", "tokenizer.train_bytes=20000"]
+    return lambda name, ranks: [*command(base, name, [str(base / "damaged.jsonl")], ranks, 1), *own]
+
+
+@pytest.mark.distributed
+def test_bad_data_end_a_run_with_one_line_whichever_rank_meets_them(damaged):
+    done = start([*damaged("error", 2), "train.max_steps=1000"])
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "data.on_error=error: damaged.jsonl, record 4" in line and "data.on_error=skip" in line
+
+
+def test_bad_data_are_skipped_and_counted_and_a_dry_source_ends_the_run(damaged, base):
+    done = start([*damaged("skip", 1), "data.on_error=skip", "train.max_steps=1000"])
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("data left out of jsonl: ")]
+    assert set(line.partition(": ")[2].split(", ")) == {"1 undecodable", "1 malformed", "1 missing column", "1 empty"}
+    assert "the data have ended after step " in done.stdout
+    summary = json.loads((base / "skip" / "summary.json").read_text())
+    assert 0 < summary["step"] < 1000

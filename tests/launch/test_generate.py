@@ -45,7 +45,7 @@ def base(tmp_path_factory) -> Path:
 def run(base) -> Path:
     """Two steps, a checkpoint after each, and the trainer's own sample."""
     overrides = tiny(base, "run", "train.max_steps=2", "checkpoint.every=1", "checkpoint.keep=0")
-    overrides += ["train.sample_tokens=12", "train.sample_temperature=0.7"]
+    overrides += ["train.sample_tokens=12", "train.sample_temperature=0.7", "schedule.learning_rate=0.1"]
     result = start("pretrain.py", *overrides, cwd=base)
     assert result.returncode == 0, result.stderr
     return base / "run"
@@ -104,9 +104,10 @@ def test_it_gives_the_sample_that_the_trainer_took_without_a_cache(run, text):
 
 
 def test_a_checkpoint_can_be_named(run, text):
-    last = text("temperature=1")
-    assert text(f"run={run}/checkpoints/step_00000002", "temperature=1") == last
-    assert text(f"run={run}/checkpoints/step_00000001", "temperature=1") != last
+    sampled = ["temperature=1", "max_new_tokens=64"]
+    last = text(*sampled)
+    assert text(f"run={run}/checkpoints/step_00000002", *sampled) == last
+    assert text(f"run={run}/checkpoints/step_00000001", *sampled) != last
 
 
 def test_bfloat16_and_contexts_longer_than_training(text):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from v4train.config import Settings, load, settings
-from v4train.data import Batch, Loader, load_data, validation_batches
+from v4train.data import Batch, BatchConfig, Loader, load_data, validation_batches
 from v4train.model import Transformer, build_model
 from v4train.model.documents import compression_blocks
 from v4train.optim.schedules import learning_rate
@@ -60,9 +60,10 @@ class Figures:
 
 def experiment(say: Callable[[str], object]) -> Figures:
     made = settings(load(OVERRIDES))
-    _, corpus = load_data(made.data, made.tokenizer)
-    loader = Loader(corpus, LENGTH, ROWS, ROWS, 0, 1, made.seed)
-    held_out = list(validation_batches(corpus, LENGTH, 8, VALIDATION_TOKENS, 0, 1))
+    tokenizer, corpus = load_data(made.data, made.tokenizer, VALIDATION_TOKENS)
+    loader = Loader(corpus, made.data, tokenizer, LENGTH, BatchConfig(ROWS, ROWS, 0, 1), made.seed)
+    (source,) = corpus.sources.values()
+    held_out = list(validation_batches(source.validation, LENGTH, 8, VALIDATION_TOKENS, 0, 1, tokenizer.pad_id))
     model = build_model(made.model)
     train(model, made, loader, "dense", DENSE_STEPS, made.optimizer.learning_rate, say)
     dense_loss = validation_loss(model, "dense", held_out)

@@ -13,7 +13,7 @@ WHEN_DRY = ("stop", "drop")
 class SourceConfig:
     """One source. Values and their meaning: conf/data/_data.yaml."""
 
-    source: str
+    source: str | None  # None: a mixture's have their own
     path: Any
     name: str | None
     split: str

@@ -79,7 +79,6 @@ class Source:
     num_tokens: int | None
     most_lanes: int | None
     fingerprint: str
-    problems: Problems
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,9 @@ def check_data(data: DataConfig) -> None:
 
 def _check_source(key: str, config: SourceConfig) -> None:
     known = (*SOURCES, SHARDS, *STREAMED)
+    if config.source is None:
+        remedy = "data.sources={code: {source: stdlib}, notes: {source: text, path: notes/}}, or data=stdlib"
+        raise ConfigError(f"{key}.source", None, "nothing says where the data are", remedy)
     if config.source not in known:
         raise ConfigError(f"{key}.source", config.source, "no such source", f"one of {', '.join(known)}")
     if not 0 < config.validation_fraction < 1:
@@ -181,8 +183,7 @@ def _open(name: str, config: SourceConfig, tokenizer: Tokenizer, cache_dir: str,
     def stream(lane: Lane) -> Stream:
         return IndexedStream(train, lane, config.epochs)
 
-    sizes = train.num_tokens, train.num_documents
-    return Source(name, stream, validation, *sizes, fingerprint, Problems(config.on_error))
+    return Source(name, stream, validation, train.num_tokens, train.num_documents, fingerprint)
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def _open_shards(name: str, config: SourceConfig, tokenizer: Tokenizer, validati
     trained = shards.num_tokens - int(shards.lengths(apart).sum())
     fingerprint = f"{shards.fingerprint} {config.validation_fraction}"
     sizes = trained, shards.num_documents - len(apart)
-    return Source(name, stream, validation, *sizes, fingerprint, Problems(config.on_error))
+    return Source(name, stream, validation, *sizes, fingerprint)
 
 
 def _open_files(
@@ -259,7 +260,7 @@ def _open_files(
     def stream(lane: Lane) -> Stream:
         return TextStream(files, reading, tokenizer, config.validation_fraction, lane, config.epochs)
 
-    return Source(name, stream, validation, None, None, fingerprint, problems)
+    return Source(name, stream, validation, None, None, fingerprint)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:

@@ -60,6 +60,11 @@ class Packer:
         self._begun, self._planned = 0.0, 1  # epochs before the windows at hand, and their rows
 
     @property
+    def left_out(self) -> dict[str, int]:
+        """Bad data among those read for the rows so far and the next few, by kind."""
+        return self._stream.left_out
+
+    @property
     def epoch(self) -> float:
         """Passes over the documents so far."""
         left = len(self._rows) / self._planned if self._rows else 0
@@ -179,7 +184,8 @@ class LaneReader:
     def state(self) -> dict[str, Any]:
         """Where the lane stands: plain values for JSON."""
         sources = {name: asdict(own.state) for name, own in self._packers.items()}
-        return {"next": self._next, "dry": sorted(self._dry), "sources": sources}
+        left_out = {name: own.left_out for name, own in self._packers.items()}
+        return {"next": self._next, "dry": sorted(self._dry), "sources": sources, "left_out": left_out}
 
     def _epochs(self) -> dict[str, float]:
         return {name: own.epoch for name, own in self._packers.items()}

@@ -1,7 +1,7 @@
 """Micro-batches of training rows for one data rank, with a position that fits in a few lines of JSON."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import ceil, gcd
 from typing import Any
@@ -148,8 +148,6 @@ class Loader:
         self._states_before = self._states
         self._epochs: dict[int, dict[str, float]] = {}  # by lane
         self._prefetch: Prefetch | None = None
-        self._skipped: dict[str, dict[str, int]] = {}  # bad data left out before `load_state_dict`, by source and kind
-        self._not_counted: dict[str, dict[str, int]] = {}  # of the sources' problems, what that has already
         self.counts: Counter = Counter()
 
     def next_step(self) -> list[Batch]:
@@ -209,22 +207,14 @@ class Loader:
             self._prefetch.stop()
         self._prefetch = None
 
-    def state_dict(self, with_skipped: bool = True) -> dict[str, Any]:
-        """The position as this rank knows it; those of all ranks together are a run's, by `merged_states`.
-
-        with_skipped: of ranks that read the same rows, one counts the bad data that were left out.
-        """
-        skipped = {name: {} for name in self.corpus.sources}
-        if with_skipped:
-            skipped = {name: dict(counts - Counter(self._not_counted.get(name))) for name, counts in self._problems()}
+    def state_dict(self) -> dict[str, Any]:
+        """The position as this rank knows it; those of all ranks together are a run's, by `merged_states`."""
         return {
             "corpus": self.corpus.fingerprint,
             "seed": self.seed,
             "recipe": self._recipe(),
             "progress": vars(self.progress) | {"by_source": dict(self.progress.by_source)},
             "lanes": {str(lane): state for lane, state in self._states.items()},
-            "skipped": skipped,
-            "skipped_before": self._skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -242,10 +232,7 @@ class Loader:
         progress = dict(state["progress"])
         self.progress = Progress(**progress | {"by_source": Counter(progress["by_source"])})
         self._states = {int(lane): own for lane, own in state["lanes"].items()}
-        self._skipped, self._not_counted, self._epochs = state["skipped"], dict(self._problems()), {}
-
-    def _problems(self) -> Iterator[tuple[str, Counter]]:
-        return ((name, Counter(source.problems.counts)) for name, source in self.corpus.sources.items())
+        self._epochs = {}
 
     def _recipe(self) -> str:
         """What the sequence of rows depends on beside documents and seed."""
@@ -291,16 +278,17 @@ class Loader:
 
 
 def merged_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """One position from those of all data ranks: of each lane the place furthest on."""
+    """One position from those of all ranks: of each lane the place furthest on.
+
+    `left_out`: bad data among what was read up to there, by source and kind.
+    """
     lanes: dict[str, Any] = {}
     for state in states:
         for lane, own in state["lanes"].items():
             if lane not in lanes or own["next"] > lanes[lane]["next"]:
                 lanes[lane] = own
-    merged = states[0] | {"lanes": lanes}
-    counts = [merged.pop("skipped_before"), *(state["skipped"] for state in states)]
-    skipped = {name: Counter() for name in states[0]["skipped"]}
-    for own in counts:
-        for name, kinds in own.items():
-            skipped[name].update(kinds)
-    return merged | {"skipped": {name: dict(kinds) for name, kinds in skipped.items()}}
+    left_out: dict[str, Counter] = {}
+    for own in lanes.values():
+        for name, kinds in own["left_out"].items():
+            left_out.setdefault(name, Counter()).update(kinds)
+    return states[0] | {"lanes": lanes, "left_out": {name: dict(kinds) for name, kinds in left_out.items()}}

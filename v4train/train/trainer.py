@@ -190,8 +190,6 @@ class Trainer:
             problem = error
         if not all_max(float(problem is not None), self.topology.device):
             return [self._own(batch) for batch in batches]
-        if problem is None:
-            self.loader.take_back()
         errors = [error for error in gathered(problem) if isinstance(error, ConfigError)]
         if errors:
             raise errors[0]
@@ -227,16 +225,16 @@ class Trainer:
 
     def _left_out(self) -> list[str]:
         """Bad data that were left out, over all ranks and this run's restarts: a line for each source."""
-        skipped = self._loader_state()["skipped"]
+        left_out = self._loader_state()["left_out"]
         return [
             f"data left out of {source}: " + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in kinds.items())
-            for source, kinds in skipped.items()
+            for source, kinds in left_out.items()
             if kinds
         ]
 
     def _loader_state(self) -> dict[str, Any]:
         """The data position of all ranks together; every rank must call it."""
-        return merged_states(gathered(self.loader.state_dict(with_skipped=self._counts_data)))
+        return merged_states(gathered(self.loader.state_dict()))
 
     def validate(self, progress: Progress) -> None:
         """Loss and bits per byte on held-out text, and the entropy of its tokens (a model without context)."""
