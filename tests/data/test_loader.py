@@ -279,6 +279,17 @@ def test_weights_change_at_from_tokens():
     assert halves.counts["tokens/b"] > 0
 
 
+def test_weights_change_at_from_tokens_whatever_the_lengths_before():
+    weights = [{"from_tokens": 0, "a": 1}, {"from_tokens": 20 * G, "b": 1}]
+    one = loader(two_sources(weights=weights), length=8)
+    steps_of([one], 1)
+    one.set_sequence_length(4)
+    steps_of([one], 3)
+    assert one.progress.tokens == 20 * G and one.progress.by_source["b"] == 0
+    steps_of([one], 1)
+    assert one.progress.by_source["b"] > 0
+
+
 def test_shares_of_the_tokens_are_those_of_the_weights():
     made = two_sources(lanes=4)
     ranks = loaders(made, 2)
@@ -360,6 +371,21 @@ def test_bad_data_of_a_thread_are_the_loaders(tmp_path):
         one.close()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_once_the_data_are_mended_it_goes_on_with_the_same_row(workers, tmp_path):
+    made = streamed(tmp_path, lanes=3)
+    expected, path = steps_of(loaders(made, 1), 12), tmp_path / "files" / "b.jsonl"
+    good = path.read_text()
+    path.write_text(good.replace('{"text": "b38', '{"tixt": "b38'))
+    one, found = loader(made, workers=workers), []
+    with pytest.raises(DataError, match=r"b\.jsonl, record 38"):
+        while True:
+            found.append(step_of([one]))
+    assert 0 < len(found) < 12
+    path.write_text(good)
+    assert found + steps_of([one], 12 - len(found)) == expected
+
+
 def test_what_was_left_out_is_counted_once(tmp_path):
     """By ranks that share a lane too, by threads that read ahead, and where a run is resumed."""
     streamed(tmp_path)
@@ -369,7 +395,7 @@ def test_what_was_left_out_is_counted_once(tmp_path):
         path.write_text("\n".join([*lines, ""]))
     made = streamed(tmp_path, names="", lanes=1, on_error="skip", epochs=1)
     found = {}
-    for world, runs in ((1, [200]), (2, [1, 6, 2, 200]), (4, [5, 5, 5, 200])):
+    for world, runs in ((1, [7, 200]), (2, [1, 6, 200]), (4, [2, 2, 3, 200])):
         state = None
         for steps in runs:
             ranks = loaders(made, world, state=state, workers=world - 1, length=20, total=4)
@@ -380,9 +406,12 @@ def test_what_was_left_out_is_counted_once(tmp_path):
                 pass
             for one in ranks:
                 one.close()
-            state = state_of(ranks)
-        found[world] = state["left_out"]
-    assert found[1] == found[2] == found[4] == {"jsonl": {"missing_column": 3, "malformed": 3, "empty": 3}}
+            before, state = state, state_of(ranks)
+        found[world] = before["left_out"], state["left_out"]
+    assert found[1] == found[2] == found[4]
+    on_the_way, at_the_end = (counts["jsonl"] for counts in found[1])
+    assert at_the_end == {"missing_column": 3, "malformed": 3, "empty": 3}
+    assert 0 < sum(on_the_way.values()) < 9
 
 
 def test_a_loader_may_go_back():

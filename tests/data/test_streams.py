@@ -178,12 +178,13 @@ def test_streamed_windows_from_any_position(lanes, folder):
 
 
 def test_an_epoch_ends_with_a_window_and_has_its_own_order(folder):
-    windows = windows_of(streamed(folder, epochs=3))
+    for length in (3, 4, 7, 50):
+        windows = windows_of(streamed(folder, epochs=3), length)
+        ends = np.cumsum([len(documents) for documents, *_ in windows])
+        assert len(ALL_TEXTS) in ends and 2 * len(ALL_TEXTS) in ends
     texts = texts_in(windows)
-    assert Counter(texts[: len(ALL_TEXTS)]) == Counter(ALL_TEXTS)
-    ends = np.cumsum([len(documents) for documents, *_ in windows])
-    assert len(ALL_TEXTS) in ends and 2 * len(ALL_TEXTS) in ends
     orders = [texts[i * len(ALL_TEXTS) : (i + 1) * len(ALL_TEXTS)] for i in range(3)]
+    assert all(Counter(order) == Counter(ALL_TEXTS) for order in orders)
     assert len({str(order) for order in orders}) > 1  # of 24 orders of four files
 
 
