@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--against", choices=PEERS, help="another implementation of the same model")
     parser.add_argument("--same-allocator", action="store_true", help="the peer keeps freed memory too")
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps before those that count")
-    parser.add_argument("--rounds", type=int, default=7, help="steps whose median counts")
+    parser.add_argument("--rounds", type=int, default=5, help="turns that count")
     parser.add_argument("--out", help="write the JSON there too")
     parser.add_argument("--plot", help="write a picture of tokens/s and memory over length there")
     parser.add_argument("--measure", help=argparse.SUPPRESS)

@@ -5,12 +5,14 @@ import pytest
 
 from tests.documents import data_config
 from v4train.data.corpus import check_data
+from v4train.data.problems import DataError
 from v4train.data.sources import find_documents, split_position, stdlib_files
 from v4train.errors import ConfigError
 
 
-def text(path, fraction=0.2):
-    return data_config(path=path, validation_fraction=fraction)
+def text(path, fraction=0.2, on_error="skip"):
+    """As conf/data/text.yaml has it."""
+    return data_config(path=path, validation_fraction=fraction, on_error=on_error)
 
 
 def write(folder: Path, files: dict[str, str | bytes]) -> Path:
@@ -43,7 +45,7 @@ def test_stdlib_is_the_library_without_its_tests():
 
 
 def test_stdlib_split_shares_nothing_and_is_not_one_file():
-    documents = find_documents(data_config(source="stdlib", validation_fraction=0.05))
+    documents = find_documents(data_config(source="stdlib", validation_fraction=0.05, on_error="skip"))
     assert not {d.name for d in documents.train} & {d.name for d in documents.validation}
     assert not {d.read() for d in documents.train} & {d.read() for d in documents.validation}
     sizes = [d.stop for d in documents.validation]
@@ -90,10 +92,21 @@ def test_path_may_be_file_folder_glob_or_list(tmp_path, monkeypatch):
     assert everything(text(["a", "c/../c/5.txt"])) == ["a/1.txt", "a/b/2.md", "c/5.txt"]
 
 
-def test_empty_binary_and_copied_files_are_left_out(tmp_path):
+def test_empty_binary_and_copied_files_are_left_out(tmp_path, caplog):
     root = write(tmp_path, {"a": "same", "b": "same", "c": "", "d": b"\x89PNG\0\0", "e": b"caf\xe9\r\n"})
-    documents = find_documents(text(str(root)))
+    with caplog.at_level("INFO", "v4train"):
+        documents = find_documents(text(str(root)))
+    assert "left out 1 copies, 1 empty files, 1 binary files" in caplog.text
     assert {d.name: d.read() for d in documents.train + documents.validation} == {"a": "same", "e": "caf\ufffd\r\n"}
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [("", "empty"), (b"\x89PNG\0\0", "undecodable"), (b"caf\xe9\r\n", "undecodable")]
+)
+def test_files_without_good_text_can_be_an_error(tmp_path, content, kind):
+    root = write(tmp_path, {"a": "text", "sub/bad": content})
+    with pytest.raises(DataError, match=f"data.on_error=error: sub/bad: {kind}"):
+        find_documents(text(str(root), on_error="error"))
 
 
 def test_neither_side_is_ever_empty(tmp_path):

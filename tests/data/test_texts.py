@@ -77,7 +77,7 @@ def config(tmp_path: Path, path: Path | None = None, vocab_size: int = 280) -> T
 
 
 def test_a_tokenizer_is_found_by_its_path_or_trained(folder, tmp_path):
-    streamed, indexed = source("jsonl", folder), source("text", folder)
+    streamed, indexed = source("jsonl", folder), source("text", folder, on_error="skip")
     trained = find_tokenizer(config(tmp_path), {"a": streamed})
     texts = source_texts(streamed).training_texts(100)
     assert trained.fingerprint == train_tokenizer(texts, 280).fingerprint

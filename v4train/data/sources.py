@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from v4train.data.config import SourceConfig
+from v4train.data.problems import EMPTY, UNDECODABLE, Problems
 from v4train.errors import ConfigError
 
 # Not library text: other packages, the library's own tests (a third of it), what is written by the build of one
@@ -65,10 +67,14 @@ def find_documents(config: SourceConfig) -> Documents:
     the same on every machine; unless it is larger than that fraction of all the text, so that no single file
     (pydoc_data/topics.py of the standard library) makes up the validation set. Where that leaves a side empty, the
     document of smallest hash is held out, or the one of largest hash kept; a single document is cut in two at a line
-    boundary, its end held out. Empty files, binary files (with a zero byte) and copies of another file's content are
-    left out. Raises ConfigError (data.*).
+    boundary, its end held out. Copies of another file's content are left out; so are empty files and binary ones (with
+    a zero byte) with on_error=skip, which keeps U+FFFD in place of bytes that aren't UTF-8.
+    Raises ConfigError (data.*), and with on_error=error DataError for such files.
     """
-    documents = _read_index(SOURCES[config.source](config.path))
+    documents, skipped = _read_index(SOURCES[config.source](config.path), Problems(config.on_error))
+    level = logging.DEBUG if config.source == "stdlib" else logging.INFO  # that one is the same every time
+    if skipped:
+        logger.log(level, "%s: left out %s", config.source, ", ".join(f"{n} {what}" for what, n in skipped.items()))
     if not documents:
         raise ConfigError("data.path", config.path, "no text in any file", "name files with text in them")
     train, validation = _split(documents, config.validation_fraction)
@@ -134,9 +140,10 @@ def _walk(root: Path, left_out: Set[str] = frozenset()) -> Iterator[Path]:
         yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
-def _read_index(files: dict[str, Path]) -> list[Document]:
+def _read_index(files: dict[str, Path], problems: Problems) -> tuple[list[Document], Counter[str]]:
+    """The documents, and how many files were left out for what."""
     documents: dict[str, Document] = {}  # by content: a copy on the other side of the split would leak
-    skipped = 0
+    skipped: Counter[str] = Counter()
     for name, path in files.items():
         try:
             content = path.read_bytes()
@@ -144,14 +151,29 @@ def _read_index(files: dict[str, Path]) -> list[Document]:
             raise ConfigError(
                 "data.path", path, f"can't be read ({error.strerror})", "make it readable, or leave it out"
             ) from error
-        if not content or b"\0" in content:
-            skipped += 1
-            continue
+        if problems.policy == "error":
+            _check(name, content, problems)
         digest = hashlib.sha256(content).hexdigest()
-        documents.setdefault(digest, Document(name, path, digest, 0, len(content)))
-    copies = len(files) - skipped - len(documents)
-    logger.debug("%d documents; left out: %d empty or binary, %d copies", len(documents), skipped, copies)
-    return list(documents.values())
+        if not content:
+            skipped["empty files"] += 1
+        elif b"\0" in content:
+            skipped["binary files"] += 1
+        elif digest in documents:
+            skipped["copies"] += 1
+        else:
+            documents[digest] = Document(name, path, digest, 0, len(content))
+    return list(documents.values()), skipped
+
+
+def _check(name: str, content: bytes, problems: Problems) -> None:
+    if not content:
+        problems.report(EMPTY, name, None, "no text")
+    if b"\0" in content:
+        problems.report(UNDECODABLE, name, None, "a binary file: it holds a zero byte")
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        problems.report(UNDECODABLE, name, None, str(error))
 
 
 def split_position(name: str) -> float:
