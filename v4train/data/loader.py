@@ -14,7 +14,7 @@ from v4train.data.config import DataConfig
 from v4train.data.corpus import Corpus
 from v4train.data.lanes import LaneReader, LaneRow, Packer, PackerState, RowConfig
 from v4train.data.mixture import Mixture
-from v4train.data.packing import IGNORED_TARGET, PADDING_DOCUMENT, Row
+from v4train.data.packing import IGNORED_TARGET, PADDING_DOCUMENT, Packed, Row
 from v4train.data.prefetch import Prefetch
 from v4train.data.streams import WINDOW_ROWS, Lane
 from v4train.data.tokenizer import Tokenizer
@@ -58,7 +58,11 @@ class Batch:
 
 
 def stack_rows(rows: Iterable[Row]) -> Batch:
-    return Batch(*(torch.from_numpy(np.stack(field)) for field in zip(*rows, strict=True)))
+    rows = list(rows)
+    fields = np.empty((3, len(rows), len(rows[0].input_ids)), dtype=np.int64)
+    for number, row in enumerate(rows):  # several times as fast as a stack of each field
+        fields[0, number], fields[1, number], fields[2, number] = row
+    return Batch(*torch.from_numpy(fields))
 
 
 @dataclass(frozen=True)
@@ -245,12 +249,11 @@ class Loader:
         return row
 
     def _counted(self, rows: Iterable[LaneRow]) -> Counter:
-        counts: Counter = Counter({f"tokens/{name}": 0 for name in self.corpus.sources})
+        rows, counts = list(rows), dict.fromkeys((f"tokens/{name}" for name in self.corpus.sources), 0)
         for row in rows:
             counts[f"tokens/{row.source}"] += row.packed.tokens
-            counts.update({name: value for name, value in row.packed._asdict().items() if name != "tokens"})
-            counts.update(dict(zip(("hash_high", "hash_low"), row.digest, strict=True)))
-        return counts
+        others = map(sum, zip(*((*row.packed[1:], *row.digest) for row in rows), strict=True))
+        return Counter(counts | dict(zip((*Packed._fields[1:], "hash_high", "hash_low"), others, strict=True)))
 
     def _start(self) -> None:
         first, lanes = self.progress.rows, self.num_lanes

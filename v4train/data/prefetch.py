@@ -36,8 +36,10 @@ class Prefetch:
                 raise RuntimeError("taken from after stop()")
             if isinstance(self._waiting[key][0], _Raised):
                 raise self._waiting[key][0].error
-            self._changed.notify_all()
-            return self._waiting[key].popleft()
+            item = self._waiting[key].popleft()
+            if len(self._waiting[key]) <= self._ahead // 2:
+                self._changed.notify_all()
+            return item
 
     def stop(self) -> None:
         """End the threads; what was read ahead is dropped."""
@@ -61,12 +63,18 @@ class Prefetch:
                 self._changed.notify_all()
 
     def _next(self, keys: list[Hashable]) -> tuple[Hashable] | None:
-        """The sequence of which least waits, once one has room; None at the end."""
+        """The sequence of which least waits: until all are full, and then once one is half empty. None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or any(len(self._waiting[k]) < self._ahead for k in keys))
+            if not self._few(keys, self._ahead - 1):
+                # Woken at every `take`, a thread would work beside the one that takes, and hold it up
+                self._changed.wait_for(lambda: self._stopped or self._few(keys, self._ahead // 2))
             if self._stopped:
                 return None
             return (min(keys, key=lambda k: len(self._waiting[k])),)
+
+    def _few(self, keys: list[Hashable], most: int) -> bool:
+        """Whether of some sequence no more than `most` items wait."""
+        return any(len(self._waiting[key]) <= most for key in keys)
 
 
 class _Raised:
