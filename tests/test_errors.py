@@ -1,9 +1,11 @@
-"""The error that rank 0 sends to the others."""
+"""Bad input: the same line from whichever rank and program."""
 
 import pickle
 from pathlib import Path
 
-from v4train.errors import ConfigError
+import pytest
+
+from v4train.errors import ConfigError, refusing_bad_input
 
 
 def test_it_survives_the_way_to_another_rank():
@@ -12,3 +14,9 @@ def test_it_survives_the_way_to_another_rank():
     assert type(again) is ConfigError
     assert str(again) == str(error) == "run.dir=a: a rule; a remedy"
     assert again.key == "run.dir"
+
+
+def test_bad_input_ends_a_program_with_one_line_and_code_2(capsys):
+    with pytest.raises(SystemExit) as end, refusing_bad_input():
+        raise ConfigError("out", "", "a folder is needed", "give out=shards/")
+    assert end.value.code == 2 and capsys.readouterr().err == "error: out=: a folder is needed; give out=shards/\n"

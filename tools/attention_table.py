@@ -18,7 +18,7 @@ import torch
 from v4train.analysis.flops import decode_flops
 from v4train.analysis.kv_cache import cache_bytes, cache_bytes_per_token
 from v4train.config import load
-from v4train.errors import ConfigError
+from v4train.errors import ConfigError, refusing_bad_input
 from v4train.model import ModelConfig, Transformer, model_config
 from v4train.model.attention import KINDS
 from v4train.model.attention.cache import BlockTail, LayerCache
@@ -226,8 +226,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with refusing_bad_input():
         main(sys.argv[1:])
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -32,7 +32,7 @@ import torch
 from v4train.analysis.flops import training_flops_per_token
 from v4train.analysis.turns import serve, take_turns
 from v4train.config import load
-from v4train.errors import ConfigError
+from v4train.errors import ConfigError, refusing_bad_input
 from v4train.model import ModelConfig, Transformer, build_model, model_config
 from v4train.model.compiled import compile_model
 from v4train.train.allocator import keep_freed_memory, tuned_environment
@@ -43,17 +43,12 @@ WARM_UP = 4  # steps before those that count: in bf16 the first ones prepare a p
 PEAK_SECONDS = 0.2  # that a matrix product takes at most when its rate is measured
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     options, overrides = parser().parse_known_intermixed_args(arguments)
-    try:
-        if options.measure:
-            measure(json.loads(options.measure), overrides)
-            return 0
-        shapes = [parsed_shape(text) for text in options.shapes]
-        models = {name: model_config(load([f"model={name}", *overrides]).model) for name in options.models}
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.measure:
+        return measure(json.loads(options.measure), overrides)
+    shapes = [parsed_shape(text) for text in options.shapes]
+    models = {name: model_config(load([f"model={name}", *overrides]).model) for name in options.models}
     result = benchmark(options, overrides, shapes, models)
     text = json.dumps(result, indent=1)
     print(text)
@@ -61,7 +56,6 @@ def main(arguments: list[str]) -> int:
         Path(options.out).write_text(text + "\n", encoding="utf-8")
     if options.plot:
         plot(result, Path(options.plot))
-    return 0
 
 
 def benchmark(
@@ -297,4 +291,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with refusing_bad_input():
+        main(sys.argv[1:])

@@ -22,7 +22,7 @@ import torch
 from v4train.analysis.turns import serve, take_turns
 from v4train.config import Settings, load, settings
 from v4train.data import Batch
-from v4train.errors import ConfigError
+from v4train.errors import refusing_bad_input
 from v4train.model import Transformer, build_model
 from v4train.parallel.layout import Layout
 from v4train.parallel.topology import start_distributed, stop_distributed
@@ -32,19 +32,14 @@ from v4train.train.distributed import all_max
 WARM_UP = 3  # steps before those that count
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     options, overrides = parser().parse_known_intermixed_args(arguments)
     batch, _, length = options.shape.partition("x")
     common = ["model=benchmark", "optimizer=adamw", f"train.sequence_length={length}", "device=cpu"]
     common += [f"train.global_batch_size={batch}", f"train.max_steps={options.rounds}", *overrides]
-    try:
-        if options.measure:
-            measure(options.measure, overrides)
-            return 0
-        load(common)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.measure:
+        return measure(options.measure, overrides)
+    load(common)
     cases = [("plain", 1, "zero0"), *((f"zero{stage}", 1, f"zero{stage}") for stage in options.stages)]
     cases += [(f"zero{stage}", options.ranks, f"zero{stage}") for stage in options.stages]
     commands = {}
@@ -58,7 +53,6 @@ def main(arguments: list[str]) -> int:
     figures = compared(seconds, options.stages, options.ranks)
     result = {"shape": options.shape, "threads": torch.get_num_threads(), **figures}
     print(json.dumps(result, indent=1))
-    return 0
 
 
 def compared(seconds: dict[str, list[float]], stages: list[int], ranks: int) -> dict[str, dict[str, float]]:
@@ -142,4 +136,5 @@ def engine_step(made: Settings, batch: Batch) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with refusing_bad_input():
+        main(sys.argv[1:])

@@ -115,13 +115,11 @@ class Display:
 
 
 if __name__ == "__main__":
-    from v4train.errors import ConfigError
+    from v4train.errors import refusing_bad_input
 
     try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with refusing_bad_input():
+            main(sys.argv[1:])
     except KeyboardInterrupt:
         print("stopped; the same command goes on after the last whole shard", file=sys.stderr)
         sys.exit(130)

@@ -11,7 +11,7 @@ import sys
 
 from v4train.config import load, settings
 from v4train.data.texts import find_tokenizer
-from v4train.errors import ConfigError
+from v4train.errors import ConfigError, refusing_bad_input
 
 
 def main(arguments: list[str]) -> None:
@@ -26,8 +26,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with refusing_bad_input():
         main(sys.argv[1:])
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

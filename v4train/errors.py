@@ -1,5 +1,9 @@
 """The one exception a user of v4train is meant to see."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ConfigError(ValueError):
     """Bad input: one line that names the key, the value, the rule it breaks and what to do about it.
@@ -14,3 +18,13 @@ class ConfigError(ValueError):
     def __reduce__(self) -> tuple:
         """Pickled by its parts: rank 0 sends it to the others, which shall end the same way."""
         return type(self), (self.key, self.value, self.rule, self.remedy)
+
+
+@contextmanager
+def refusing_bad_input() -> Iterator[None]:
+    """Around a program: a ConfigError becomes its one line, and exit code 2."""
+    try:
+        yield
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

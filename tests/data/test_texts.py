@@ -9,9 +9,8 @@ import pytest
 from tests.sources import source, write_jsonl
 from v4train.data.problems import Problems
 from v4train.data.shards import ShardWriter, document_hash, held_out
-from v4train.data.sources import find_documents
 from v4train.data.texts import find_tokenizer, source_texts
-from v4train.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from v4train.data.tokenizer import TokenizerConfig, train_tokenizer
 from v4train.errors import ConfigError
 
 
@@ -82,7 +81,7 @@ def test_a_tokenizer_is_found_by_its_path_or_trained(folder, tmp_path):
     texts = source_texts(streamed).training_texts(100)
     assert trained.fingerprint == train_tokenizer(texts, 280).fingerprint
     alone = find_tokenizer(config(tmp_path), {"b": indexed})
-    assert alone.fingerprint == load_tokenizer(config(tmp_path), find_documents(indexed)).fingerprint
+    assert alone.fingerprint == train_tokenizer(source_texts(indexed).training_texts(100), 280).fingerprint
     halves = [text for each in (streamed, indexed) for text in source_texts(each).training_texts(50)]
     mixed = find_tokenizer(config(tmp_path), {"a": streamed, "b": indexed})
     assert mixed.fingerprint == train_tokenizer(halves, 280).fingerprint

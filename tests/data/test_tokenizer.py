@@ -12,12 +12,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from tests.sources import source
 from v4train.data.sources import find_documents
+from v4train.data.texts import find_tokenizer
 from v4train.data.tokenizer import (
     SPECIAL_TOKENS,
     Tokenizer,
     TokenizerConfig,
     cached_tokenizer,
-    load_tokenizer,
     train_tokenizer,
 )
 from v4train.errors import ConfigError
@@ -255,11 +255,11 @@ def test_cache_holds_one_tokenizer_a_vocabulary_trained_on_the_training_side(tmp
     (tmp_path / "data").mkdir()
     for i in range(20):
         (tmp_path / "data" / f"{i}.txt").write_text(f"word{chr(97 + i) * 6} " * 20)
-    documents = find_documents(source("text", tmp_path / "data"))
-    cache = str(tmp_path / "cache")
-    trained = [load_tokenizer(TokenizerConfig(size, cache, None, 1 << 20), documents) for size in (300, 300, 310)]
+    sources, cache = {"texts": source("text", tmp_path / "data")}, str(tmp_path / "cache")
+    trained = [find_tokenizer(TokenizerConfig(size, cache, None, 1 << 20), sources) for size in (300, 300, 310)]
     assert trained[0].fingerprint == trained[1].fingerprint != trained[2].fingerprint
     assert len(list((tmp_path / "cache").glob("tokenizer-*/tokenizer.json"))) == 2
+    documents = find_documents(sources["texts"])
     alone = train_tokenizer([document.read() for document in documents.train], 300)
     assert trained[0].fingerprint == alone.fingerprint
 

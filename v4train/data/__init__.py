@@ -6,7 +6,7 @@ from v4train.data.loader import Batch, BatchConfig, EndOfData, Loader, merged_st
 from v4train.data.problems import DataError
 from v4train.data.sources import Document, Documents, find_documents
 from v4train.data.statistics import target_bytes, target_counts, unigram_entropy
-from v4train.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
+from v4train.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from v4train.data.validation import num_validation_rows, validation_batches
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "check_data",
     "find_documents",
     "load_data",
-    "load_tokenizer",
     "merged_states",
     "num_validation_rows",
     "target_bytes",

@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from math import ceil, gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from v4train.data.streams import WINDOW_ROWS, Lane
 from v4train.data.tokenizer import Tokenizer
 from v4train.errors import ConfigError
 
-STEPS_AHEAD, READ_AHEAD = 2, 1 << 26  # the least that the workers read ahead; bytes that they may, up to a window
+STEPS_AHEAD, READ_AHEAD = 2, 1 << 26  # steps put together ahead; bytes of rows read ahead, up to a window
 
 
 class EndOfData(Exception):
@@ -122,10 +123,20 @@ class Progress:
         return f"{self.hash_high:08x}{self.hash_low:08x}"
 
 
+class Step(NamedTuple):
+    """One rank's part of an optimizer step. states, epochs: by lane, behind the rows."""
+
+    batches: list[Batch]
+    states: dict[int, dict[str, Any]]
+    epochs: dict[int, dict[str, float]]
+    counts: Counter
+
+
 class Loader:
     """This rank's share of the global sequence of rows, which is the same for any number of ranks and workers.
 
-    Row n lies in lane n modulo `data.lanes`. Threads read the lanes of this rank ahead.
+    Row n lies in lane n modulo `data.lanes`. Threads read the lanes of this rank ahead, and one more puts their rows
+    together to steps.
     """
 
     def __init__(
@@ -151,7 +162,8 @@ class Loader:
         self._states: dict[int, dict[str, Any]] = {}  # of lanes, as far as rows of them were trained on
         self._states_before = self._states
         self._epochs: dict[int, dict[str, float]] = {}  # by lane
-        self._prefetch: Prefetch | None = None
+        self._rows: Prefetch | None = None  # by lane
+        self._steps: Prefetch | None = None
         self.counts: Counter = Counter()
 
     def next_step(self) -> list[Batch]:
@@ -160,20 +172,20 @@ class Loader:
         `counts` are its figures. Raises EndOfData on a rank whose rows are not there; nothing is taken then, and where
         another rank has taken its own, it is to `take_back`.
         """
-        if self._prefetch is None:
+        if self._steps is None:
             self._start()
         try:
-            taken = [[self._take(number) for number in rows] for rows in self.batch.rows(self.progress.rows)]
+            step = self._steps.take(0)
         except BaseException:
             self.close()  # a further call begins anew at the same row
             raise
         self._states_before = self._states
-        self._states = self._states | {row.number % self.num_lanes: row.state for rows in taken for row in rows}
-        self._epochs |= {row.number % self.num_lanes: row.epochs for rows in taken for row in rows}
-        self.counts = self._counted(row for rows in taken for row in rows)
+        self._states = self._states | step.states
+        self._epochs |= step.epochs
+        self.counts = step.counts
         self.progress.rows += self.batch.total
         self.progress.tokens += self.batch.total * self.sequence_length
-        return [stack_rows(row.row for row in rows) for rows in taken]
+        return step.batches
 
     def take_back(self) -> None:
         """The last step was not trained on: go back to before it."""
@@ -207,9 +219,10 @@ class Loader:
 
     def close(self) -> None:
         """End the threads. What was read ahead is read again where there is another step."""
-        if self._prefetch is not None:
-            self._prefetch.stop()
-        self._prefetch = None
+        for prefetch in (self._rows, self._steps):  # in this order: the second may be waiting for the first
+            if prefetch is not None:
+                prefetch.stop()
+        self._rows = self._steps = None
 
     def state_dict(self) -> dict[str, Any]:
         """The position as this rank knows it; those of all ranks together are a run's, by `merged_states`."""
@@ -242,14 +255,24 @@ class Loader:
         """What the sequence of rows depends on beside documents and seed."""
         return f"lanes {self.num_lanes}, {self.data.packing}, fill-in-middle {self.data.fim_rate}"
 
+    def _step(self, first: int) -> Step:
+        """Of the step that begins with row `first`."""
+        taken = [[self._take(number) for number in rows] for rows in self.batch.rows(first)]
+        rows = [row for micro in taken for row in micro]
+        lanes = [row.number % self.num_lanes for row in rows]
+        states = {lane: row.state for lane, row in zip(lanes, rows, strict=True)}
+        epochs = {lane: row.epochs for lane, row in zip(lanes, rows, strict=True)}
+        batches = [stack_rows(row.row for row in micro) for micro in taken]
+        return Step(batches, states, epochs, self._counted(rows))
+
     def _take(self, number: int) -> LaneRow:
-        row = self._prefetch.take(number % self.num_lanes)
+        row = self._rows.take(number % self.num_lanes)
         if row is None:
             raise EndOfData
         return row
 
-    def _counted(self, rows: Iterable[LaneRow]) -> Counter:
-        rows, counts = list(rows), dict.fromkeys((f"tokens/{name}" for name in self.corpus.sources), 0)
+    def _counted(self, rows: list[LaneRow]) -> Counter:
+        counts = dict.fromkeys((f"tokens/{name}" for name in self.corpus.sources), 0)
         for row in rows:
             counts[f"tokens/{row.source}"] += row.packed.tokens
         others = map(sum, zip(*((*row.packed[1:], *row.digest) for row in rows), strict=True))
@@ -264,7 +287,9 @@ class Loader:
         tasks = {lane: (lambda reader=reader: reader.read(wanted, first)) for lane, reader in readers.items()}
         step = self.batch.total // self.batch.world / len(own)  # rows of a lane
         ahead = max(2, ceil(STEPS_AHEAD * step), min(WINDOW_ROWS, READ_AHEAD // (24 * self.sequence_length * len(own))))
-        self._prefetch = Prefetch(tasks, self.data.workers, ahead)
+        self._rows = Prefetch(tasks, self.data.workers, ahead)
+        starts = count(first, self.batch.total)
+        self._steps = Prefetch({0: lambda: self._step(next(starts))}, min(self.data.workers, 1), STEPS_AHEAD)
 
     def _reader(self, lane: int) -> LaneReader:
         fim = self.tokenizer.fim_ids

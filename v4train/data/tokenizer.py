@@ -17,7 +17,6 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from v4train.data.cache import cached_folder
-from v4train.data.sources import Documents
 from v4train.errors import ConfigError
 
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>", "<fim_begin>", "<fim_hole>", "<fim_end>")  # ids 0 to 5 of our own
@@ -226,16 +225,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend.to_str())
 
 
-def load_tokenizer(config: TokenizerConfig, documents: Documents) -> Tokenizer:
-    """The tokenizer of `config.path`, or trained on the training documents, from the cache or made there.
-
-    Safe for many processes. Raises ConfigError (tokenizer.*).
-    """
-    return cached_tokenizer(config, documents.fingerprint, lambda: (each.read() for each in documents.train))
-
-
 def cached_tokenizer(config: TokenizerConfig, fingerprint: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """`load_tokenizer` for any texts, which `fingerprint` stands for; they are read only where none is cached."""
+    """The tokenizer of `config.path`, or one trained on the texts, from the cache or made there.
+
+    `fingerprint` stands for the texts, which are read only where none is cached. Safe for many processes.
+    Raises ConfigError (tokenizer.*).
+    """
     if config.path is not None:
         return existing_tokenizer(config.path, config.vocab_size)
 
