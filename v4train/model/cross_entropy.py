@@ -15,8 +15,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, vocabulary: Vocabulary) -> Tensor:
         total = full(x.new_zeros(()))
-        x_gradient = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        weight_gradient = full(torch.zeros_like(weight)) if ctx.needs_input_grad[1] else None
+        x_gradient = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        weight_gradient = full(torch.empty_like(weight)) if ctx.needs_input_grad[1] else None
+        if weight_gradient is not None and not len(x):
+            weight_gradient.zero_()
         x, weight = x.to(dtype), weight.to(dtype)
         rows = max(1, min(x.shape[0], CHUNK_BYTES // (4 * weight.shape[0])))
         buffer = x.new_empty(rows, weight.shape[0])
@@ -45,9 +47,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if weight_gradient is not None:
                 chunk = chunk.masked_fill(ignored, 0)
                 if dtype == weight_gradient.dtype:
-                    weight_gradient.addmm_(gradient.mT, chunk)
+                    torch.addmm(weight_gradient, gradient.mT, chunk, beta=min(begin, 1), out=weight_gradient)
+                elif begin:
+                    weight_gradient += gradient.mT @ chunk
                 else:
-                    weight_gradient += full(gradient.mT @ chunk)
+                    weight_gradient.copy_(gradient.mT @ chunk)
         ctx.save_for_backward(x_gradient, weight_gradient)
         return total
 

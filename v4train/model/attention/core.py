@@ -13,7 +13,7 @@ width, T tokens that keys exist for (S and what a cache holds before them), N en
 selected ones, I indexer heads, J their width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -226,6 +226,15 @@ def _computed(tensors: list[Tensor | None]) -> Inputs:
     return Inputs(*(x if x is None or x.device.type != "cpu" else full(x) for x in tensors))
 
 
+def _weighted(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum of values [B, Q, H, E] x exp(logs [B, Q, H]), which takes the place of the first values."""
+    total = None
+    for values, logs in parts:
+        weight = torch.exp(logs)[..., None]
+        total = values.mul_(weight) if total is None else total.addcmul_(values, weight)
+    return total
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
@@ -251,11 +260,12 @@ class _Attend(torch.autograd.Function):
                 selected[:, begin:stop] = chunk.chosen
             parts = chunk.parts()
             softmaxes = [[part.restore(x) for x in part.term.softmax()] for part in parts]
-            joint = join([own for _, own in softmaxes], sink)
+            normalisers = [own for *_, own in softmaxes]
+            joint = join(normalisers, sink)
             normaliser[:, begin:stop] = joint
-            output[:, begin:stop] = sum(values.mul_(torch.exp(own - joint)[..., None]) for values, own in softmaxes)
+            output[:, begin:stop] = _weighted((values, reference - joint) for values, reference, _ in softmaxes)
             if layout.learns and chunk.num_entries:
-                measures += chunk.learn(parts[-1], [own for _, own in softmaxes[:-1]], joint, index_gradients)
+                measures += chunk.learn(parts[-1], normalisers[:-1], joint, index_gradients)
         if index_gradients is not None:
             index_gradients = [g.to(x.dtype) for g, x in zip(index_gradients, tensors[INDEX], strict=True)]
         ctx.save_for_backward(*tensors[:MAIN], output, normaliser, selected, *(index_gradients or ()))
@@ -276,19 +286,21 @@ class _Attend(torch.autograd.Function):
         # fp32 sums: many chunks add to the same key, but each has queries of its own
         *of_keys, sink_gradient = (None if x is None else full(torch.zeros_like(x)) for x in inputs[1:MAIN])
         query_gradient = torch.empty_like(inputs.query)
-        if inputs.sink is not None:
-            correction = torch.linalg.vecdot(full(output), full(output_gradient))
-            sink_gradient -= (torch.exp(full(inputs.sink) - normaliser) * correction).sum((0, 1))
         for begin, stop in _chunks(inputs, layout):
+            of_output, whole, log_sum = (x[:, begin:stop] for x in (output_gradient, output, normaliser))
+            of_output = full(of_output)
+            along = torch.linalg.vecdot(full(whole), of_output)  # of each query: sum of weight x its gradient
+            if inputs.sink is not None:
+                sink_gradient -= (torch.exp(full(inputs.sink) - log_sum) * along).sum((0, 1))
             chosen = None if selected is None else selected[:, begin:stop].long()
-            chunk = _Chunk(inputs, layout, begin, stop, chosen)
-            of_query = []
-            for part in chunk.parts():
-                given = (part.arrange(x[:, begin:stop]) for x in (output_gradient, output, normaliser))
-                own_query, keys, values = part.term.backward(*given)
-                of_query.append(full(part.restore(own_query)))
+            of_query = None
+            for part in _Chunk(inputs, layout, begin, stop, chosen).parts():
+                given = (of_output, log_sum, whole if part.term.fused else along)
+                own, keys, values = part.term.backward(*map(part.arrange, given))
+                own = full(part.restore(own))
+                of_query = own if of_query is None else of_query.add_(own)
                 part.add(of_keys, keys, values)
-            query_gradient[:, begin:stop] = sum(of_query)
+            query_gradient[:, begin:stop] = of_query
         gradients = [query_gradient, *of_keys, sink_gradient]
         gradients = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True)]
         return *gradients, *index_gradients, None

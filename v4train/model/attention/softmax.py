@@ -31,23 +31,28 @@ class Term:
     mask: Tensor | None  # [B, 1, Q, n] added to the logits, -inf where unseen
     scale: float  # of the logits
     unseeing: Tensor | None = None  # [B, 1, Q] bool, queries that see no key here, where there may be some
-    kept: tuple[Tensor, Tensor] | None = None  # from plain products: exp(logits - x) and x, by group
+    kept: tuple[Tensor, Tensor] | None = None  # from plain products: exp(logits - x) and x, by key head
 
     @property
     def fused(self) -> bool:
         return self.query.device.type == "cpu" and self.query[..., 0].numel() * self.keys.shape[2] > HELD
 
-    def softmax(self) -> tuple[Tensor, Tensor]:
-        """(output [B, H, Q, E], log-sum-exp [B, H, Q]) over these keys alone; 0 and -inf where nothing is seen."""
+    def softmax(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(values [B, H, Q, E], reference [B, H, Q], log-sum-exp [B, H, Q]) over these keys alone.
+
+        The term's part in a softmax with log-sum-exp L is values x exp(reference - L). Where nothing is seen the values
+        are 0 and the log-sum-exp is -inf.
+        """
         return _fused_softmax(self) if self.fused else plain_softmax(self)
 
-    def backward(self, gradient: Tensor, output: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(self, gradient: Tensor, normaliser: Tensor, result: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of query [B, H, Q, D], keys [B, G, n, D] and values (None where they are the keys': added there).
 
         Args:
-            gradient, output: [B, H, Q, E] of the joint softmax; normaliser: [B, H, Q] its log-sum-exp.
+            gradient: [B, H, Q, E] of the joint softmax; normaliser: [B, H, Q] its log-sum-exp.
+            result: its output [B, H, Q, E] where `fused`; else that times `gradient`, summed over channels, [B, H, Q].
         """
-        arguments = (self, gradient, output, normaliser)
+        arguments = (self, gradient, normaliser, result)
         query, keys, values = (_fused_backward if self.fused else plain_backward)(*arguments)
         if self.values is None and values is not None:
             keys[..., : self.width] += values
@@ -55,25 +60,26 @@ class Term:
         return query, keys, values
 
     def logits(self) -> Tensor:
-        """[B G, R Q, n] fp32, -inf where unseen, to be changed in place."""
+        """[B G, Q R, n] fp32, -inf where unseen, to be changed in place."""
         query, keys = by_group(self.query, self.keys), self.keys.flatten(0, 1)
         (batch, heads), groups = self.query.shape[:2], self.keys.shape[1]
         if self.mask is not None and heads == groups and query.dtype == self.mask.dtype:
             one = self.mask.shape[:2].numel() == 1
             mask = self.mask[0] if one else self.mask.expand(batch, groups, -1, -1).flatten(0, 1)
             return torch.baddbmm(mask, query, keys.mT, alpha=self.scale)
-        logits = full(torch.bmm(query, keys.mT)).mul_(self.scale)
-        if self.mask is not None:
-            logits.view(batch, groups, heads // groups, -1, keys.shape[1]).add_(self.mask[:, :, None])
+        logits = full(torch.bmm(query, keys.mT))
+        if self.mask is None:
+            return logits.mul_(self.scale)
+        by_query = logits.view(batch, groups, -1, heads // groups, keys.shape[1])
+        torch.add(self.mask[:, :, :, None], by_query, alpha=self.scale, out=by_query)
         return logits
 
     def weights(self, normaliser: Tensor) -> Tensor:
         """exp(logits - normaliser) [B, H, Q, n], from what a softmax or its backward has left behind, if it has."""
-        shape = (*normaliser.shape, -1)
         if self.kept is None:
-            return self.logits().view(shape).sub_(normaliser[..., None]).exp_()
-        weights, reference = self.kept
-        return weights.view(shape) * torch.exp(reference.view(normaliser.shape) - normaliser)[..., None]
+            return by_head(self.logits(), self).sub_(normaliser[..., None]).exp_()
+        weights, reference = (by_head(x, self) for x in self.kept)
+        return weights * torch.exp(reference - normaliser[..., None])
 
     def own_values(self) -> Tensor:
         return self.keys[..., : self.width] if self.values is None else self.values
@@ -86,14 +92,12 @@ def join(normalisers: list[Tensor], sink: Tensor | None) -> Tensor:
     return normalisers[0] if len(normalisers) == 1 else torch.stack(normalisers).logsumexp(0)
 
 
-def plain_softmax(term: Term) -> tuple[Tensor, Tensor]:
+def plain_softmax(term: Term) -> tuple[Tensor, Tensor, Tensor]:
     """`Term.softmax` by plain products."""
     normaliser, values = plain_normaliser(term), term.own_values().flatten(0, 1)
-    weights, _ = term.kept
-    total = weights.sum(-1, keepdim=True)
-    output = full(torch.bmm(weights.to(values.dtype), values))
-    output /= total.clamp(min=torch.finfo(total.dtype).tiny)
-    return output.view(*normaliser.shape, -1), normaliser
+    weights, reference = term.kept
+    values = full(torch.bmm(weights.to(values.dtype), values))
+    return by_head(values, term), by_head(reference, term)[..., 0], normaliser
 
 
 def plain_normaliser(term: Term) -> Tensor:
@@ -102,22 +106,24 @@ def plain_normaliser(term: Term) -> Tensor:
     top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
     weights = logits.sub_(top).exp_()
     term.kept = weights, top
-    return (top + weights.sum(-1, keepdim=True).log()).view(term.query.shape[:3])
+    return by_head(top + weights.sum(-1, keepdim=True).log(), term)[..., 0]
 
 
 def plain_backward(
-    term: Term, gradient: Tensor, output: Tensor, normaliser: Tensor
+    term: Term, gradient: Tensor, normaliser: Tensor, correction: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`Term.backward` by plain products; values' gradient is None where the keys' holds it."""
+    """`Term.backward` by plain products; values' gradient is None where the keys' holds it.
+
+    correction: [B, H, Q], of each query the sum over all keys of weight x its gradient.
+    """
     values = term.own_values()
-    gradient, output, of_rows = (by_group(x, values) for x in (full(gradient), full(output), normaliser[..., None]))
-    weights = term.logits().sub_(of_rows).exp_()
-    term.kept = weights, of_rows
-    correction = torch.linalg.vecdot(gradient, output)[..., None]  # sum over keys of weight * its gradient
-    query, keys, values = by_group(term.query, values), term.keys.flatten(0, 1), values.flatten(0, 1)
-    gradient = gradient.to(values.dtype)
+    query, gradient = by_group(term.query, values), by_group(gradient, values).to(values.dtype)
+    normaliser, correction = (by_group(x[..., None], values) for x in (normaliser, correction))
+    weights = term.logits().sub_(normaliser).exp_()
+    term.kept = weights, normaliser
+    keys, values = term.keys.flatten(0, 1), values.flatten(0, 1)
     change = full(torch.bmm(gradient, values.mT)).sub_(correction).mul_(weights).to(keys.dtype)
-    query_gradient = torch.bmm(change, keys).mul_(term.scale).view(term.query.shape)
+    query_gradient = by_head(torch.bmm(change, keys).mul_(term.scale), term)
     of_values = torch.bmm(weights.to(values.dtype).mT, gradient)
     if term.values is None and term.width == keys.shape[-1]:
         of_keys = torch.baddbmm(of_values, change.mT, query.to(keys.dtype), alpha=term.scale)
@@ -126,16 +132,16 @@ def plain_backward(
     return query_gradient, of_keys, of_values.view(*term.keys.shape[:3], -1)
 
 
-def _fused_softmax(term: Term) -> tuple[Tensor, Tensor]:
+def _fused_softmax(term: Term) -> tuple[Tensor, Tensor, Tensor]:
     output, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_kernel_inputs(term), attn_mask=term.mask, scale=term.scale
     )
     if term.unseeing is not None:  # the kernel says 0 (torch 2.13)
         normaliser = normaliser.masked_fill(term.unseeing, -torch.inf)
-    return output[..., : term.width], normaliser
+    return output[..., : term.width], normaliser, normaliser
 
 
-def _fused_backward(term: Term, gradient: Tensor, output: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fused_backward(term: Term, gradient: Tensor, normaliser: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inputs = _kernel_inputs(term)
     gradient, output = (_widened(full(x), inputs[0].shape[-1]) for x in (gradient, output))
     query, *others = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -171,5 +177,14 @@ def _fused_backward_flops(gradient, query, keys, values, *_, **__) -> int:
 
 
 def by_group(x: Tensor, keys: Tensor) -> Tensor:
-    """[B, H, Q, .] as [B G, R Q, .], where R = H / G heads share the keys [B, G, n, .]."""
-    return x.unflatten(1, (keys.shape[1], -1)).flatten(2, 3).flatten(0, 1)
+    """[B, H, Q, .] as [B G, Q R, .], where R = H / G heads share the keys [B, G, n, .].
+
+    No copy where x is [B, Q, H, .] transposed and all heads share one, or each has its own and x is contiguous.
+    """
+    return x.unflatten(1, (keys.shape[1], -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
+
+
+def by_head(x: Tensor, term: Term) -> Tensor:
+    """The inverse of `by_group` for what is of the term's queries."""
+    batch, groups = term.keys.shape[:2]
+    return x.view(batch, groups, term.query.shape[2], -1, x.shape[-1]).transpose(2, 3).flatten(1, 2)
