@@ -79,7 +79,7 @@ def _projection_gradients(
         else:
             mixing, read, gradient_of_read = (full(part[block]) for part in used)
             by_stream = torch.mul(x, along[block], out=own).view(-1, *streams.shape[2:])
-            by_stream.baddbmm_(mixing.mT, full(given[block]).view_as(by_stream)).baddbmm_(read.mT, gradient_of_read)
+            by_stream.baddbmm_(mixing.mT, full(given[block]).view_as(by_stream)).addcmul_(read.mT, gradient_of_read)
         own.addmm_(change[:, block].mT, full_weight)
         if own.dtype != total.dtype:
             total[block] = own

@@ -15,6 +15,7 @@ selected ones, I indexer heads, J their width.
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -105,13 +106,15 @@ class _Chunk:
         self.chosen = chosen if self.selects else None
         self.gathers = self.selects and self.num_entries >= GATHER_FROM * layout.index.top_k
 
+    @cached_property
     def visible(self) -> Tensor:
+        """[B, Q, n] bool: the entries in reach that the queries see."""
         return self.layout.seen.visible(self.begin, self.stop, self.reach)
 
     def select(self) -> Tensor:
         """The best entries of each query, [B, Q, K] int64."""
         if self.layout.learns and not self.gathers:  # the loss wants these scores too
-            best = select_top_k(self.scores_in_reach.scores, self.visible(), self.layout.index.top_k)
+            best = select_top_k(self.scores_in_reach.scores, self.visible, self.layout.index.top_k)
             return torch.where(best < 0, -1, best + self.reach.start)
 
         def visible(entries: slice) -> Tensor:
@@ -141,20 +144,21 @@ class _Chunk:
         if self.gathers:
             parts.append(Gathered(inputs, layout, *here, self.chosen))
         elif self.num_entries:
-            parts.append(InReach(inputs, layout, *here, self.attended()))
+            parts.append(InReach(inputs, layout, *here, lambda: self.attended))
         return parts
 
+    @cached_property
     def attended(self) -> Tensor:
         """[B, Q, n] bool: the entries in reach that are attended to."""
         if not self.selects:
-            return self.visible()
+            return self.visible
         inside = torch.where(self.chosen < 0, -1, self.chosen - self.reach.start)
         return selection_mask(inside, self.num_entries)
 
     def learning(self) -> tuple[Scored, Tensor]:
         """Scores and attended entries that the KL compares: the chosen [B*Q, 1, K], or those in reach [B, Q, n]."""
         if not self.gathers:
-            return self.scores_in_reach, self.attended()
+            return self.scores_in_reach, self.attended
         query, _, head_weight = self._index_inputs()
         query, head_weight = (x.flatten(0, 1)[:, None] for x in (query, head_weight))
         scored = index_scores(query, take_rows(self.inputs.index_keys, self.chosen), head_weight, self.layout.heads)
@@ -195,17 +199,16 @@ class _Chunk:
         if self.num_entries <= (top_k := self.layout.index.top_k):
             return [probabilities.new_zeros(())] * 2
         if not self.layout.selects:
-            visible = self.visible()
+            visible = self.visible
             chosen, step = select_top_k(scores, visible, top_k).clamp(min=0), 1
         else:  # the dense attention of every `step`-th query, so that a query's cost doesn't grow with the sequence
             step = -(-self.inputs.entries.shape[2] // MEASURED_ENTRIES)
             some = slice(-self.begin % step, None, step)
-            chosen, visible = self.chosen[:, some], self.visible()
-            dense = InReach(self.inputs, self.layout, self.begin, self.stop, visible, some)
+            chosen, visible = self.chosen[:, some], self.visible[:, some]
+            dense = InReach(self.inputs, self.layout, self.begin, self.stop, lambda: self.visible, some)
             own = dense.restore(plain_normaliser(dense.term))
             normalisers = [own, *(normaliser[:, some] for normaliser in local)]
             probabilities = self.probabilities(dense, join(normalisers, self.inputs.sink))
-            visible = visible[:, some]
             chosen = torch.where(chosen < 0, 0, chosen - self.reach.start)
         counts = visible.sum(-1) > top_k
         held = normalised(probabilities).gather(-1, chosen).sum(-1)
@@ -266,10 +269,13 @@ class _Attend(torch.autograd.Function):
             output[:, begin:stop] = _weighted((values, reference - joint) for values, reference, _ in softmaxes)
             if layout.learns and chunk.num_entries:
                 measures += chunk.learn(parts[-1], normalisers[:-1], joint, index_gradients)
+        # What one chunk holds doesn't grow with the sequence, and kept it needs not be computed again
+        kept = [part.term.kept for part in parts] if begin == 0 else []
         if index_gradients is not None:
             index_gradients = [g.to(x.dtype) for g, x in zip(index_gradients, tensors[INDEX], strict=True)]
-        ctx.save_for_backward(*tensors[:MAIN], output, normaliser, selected, *(index_gradients or ()))
-        ctx.layout = layout
+        others = *(index_gradients or ()), *(x for pair in kept for x in pair or ())
+        ctx.save_for_backward(*tensors[:MAIN], output, normaliser, selected, *others)
+        ctx.layout, ctx.learns, ctx.keeps = layout, index_gradients is not None, [pair is not None for pair in kept]
         results = (output, *measures)
         ctx.mark_non_differentiable(*results[2:])
         return results
@@ -278,8 +284,9 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, output_gradient, kl_gradient, *_):
         saved = ctx.saved_tensors
-        (*tensors, output, normaliser, selected), index_gradients = saved[: MAIN + 3], saved[MAIN + 3 :]
-        index_gradients = [x * kl_gradient for x in index_gradients] or [None] * 3
+        (*tensors, output, normaliser, selected), others = saved[: MAIN + 3], iter(saved[MAIN + 3 :])
+        index_gradients = [next(others) * kl_gradient if ctx.learns else None for _ in range(3)]
+        kept = [(next(others), next(others)) if keeps else None for keeps in ctx.keeps]
         if not any(ctx.needs_input_grad[:MAIN]):  # the indexer alone is trained
             return *[None] * MAIN, *index_gradients, None
         inputs, layout = _computed([*tensors, None, None, None]), ctx.layout
@@ -294,7 +301,7 @@ class _Attend(torch.autograd.Function):
                 sink_gradient -= (torch.exp(full(inputs.sink) - log_sum) * along).sum((0, 1))
             chosen = None if selected is None else selected[:, begin:stop].long()
             of_query = None
-            for part in _Chunk(inputs, layout, begin, stop, chosen).parts():
+            for part, part.term.kept in zip_longest(_Chunk(inputs, layout, begin, stop, chosen).parts(), kept):
                 given = (of_output, log_sum, whole if part.term.fused else along)
                 own, keys, values = part.term.backward(*map(part.arrange, given))
                 own = full(part.restore(own))

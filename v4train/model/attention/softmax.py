@@ -1,7 +1,7 @@
 """One term of a joint softmax: values and log-sum-exp over one set of keys, to be joined with other terms.
 
 With the output and log-sum-exp of the whole joint softmax, the backward pass of each term stands alone, and computes
-its weights again. Both ways are plain products, which are fast, while the weights of all queries and keys fit in a
+its weights again where they were not kept. Both ways are plain products, which are fast, while the weights of all queries and keys fit in a
 CPU's cache; torch's own fused kernel beyond that, which never holds them.
 
 Shapes: B batch, H heads, G key-value heads (H a multiple; head h reads h // (H / G)), Q queries, n keys, D key width,
@@ -9,7 +9,9 @@ E value width. fp32 throughout, fp64 for fp64 inputs.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,10 +30,14 @@ class Term:
     keys: Tensor  # [B, G, n, D]
     values: Tensor | None  # [B, G, n, E]; None: the first E channels of the keys
     width: int  # E
-    mask: Tensor | None  # [B, 1, Q, n] added to the logits, -inf where unseen
+    additive: Callable[[], Tensor] | None  # makes what is added to the logits, [B, 1, Q, n], -inf where unseen
     scale: float  # of the logits
-    unseeing: Tensor | None = None  # [B, 1, Q] bool, queries that see no key here, where there may be some
+    may_see_nothing: bool = False
     kept: tuple[Tensor, Tensor] | None = None  # from plain products: exp(logits - x) and x, by key head
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        return self.additive and self.additive()
 
     @property
     def fused(self) -> bool:
@@ -119,8 +125,12 @@ def plain_backward(
     values = term.own_values()
     query, gradient = by_group(term.query, values), by_group(gradient, values).to(values.dtype)
     normaliser, correction = (by_group(x[..., None], values) for x in (normaliser, correction))
-    weights = term.logits().sub_(normaliser).exp_()
-    term.kept = weights, normaliser
+    if term.kept is None:
+        weights = term.logits().sub_(normaliser).exp_()
+    else:  # weights of another reference: the factor of a row is as well one of its gradient
+        weights, reference = term.kept
+        factor = torch.exp(reference - normaliser)
+        gradient, correction = (gradient * factor).to(values.dtype), correction * factor
     keys, values = term.keys.flatten(0, 1), values.flatten(0, 1)
     change = full(torch.bmm(gradient, values.mT)).sub_(correction).mul_(weights).to(keys.dtype)
     query_gradient = by_head(torch.bmm(change, keys).mul_(term.scale), term)
@@ -136,8 +146,8 @@ def _fused_softmax(term: Term) -> tuple[Tensor, Tensor, Tensor]:
     output, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_kernel_inputs(term), attn_mask=term.mask, scale=term.scale
     )
-    if term.unseeing is not None:  # the kernel says 0 (torch 2.13)
-        normaliser = normaliser.masked_fill(term.unseeing, -torch.inf)
+    if term.may_see_nothing:  # the kernel says 0 (torch 2.13)
+        normaliser = normaliser.masked_fill(term.mask.amax(-1) == -torch.inf, -torch.inf)
     return output[..., : term.width], normaliser, normaliser
 
 

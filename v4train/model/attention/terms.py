@@ -12,7 +12,9 @@ width, E value width, T tokens that keys exist for, N entries, n keys of a term,
 block.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -149,13 +151,20 @@ class _OneProduct:
     """Heads by queries by keys, as they stand in a slice of the inputs."""
 
     def __init__(
-        self, layout: Layout, query: Tensor, keys: Tensor, values: Tensor | None, at: slice, mask: Tensor, slot: int
+        self,
+        layout: Layout,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor | None,
+        at: slice,
+        seen: Callable[[], Tensor],
+        slot: int,
     ):
-        """query: [B, Q, H, D]; keys, values: all of them, read at `at`, under mask [B, Q, n]; slot: of gradients."""
+        """query: [B, Q, H, D]; keys, values: all of them, read at `at`; seen: gives [B, Q, n]; slot: of gradients."""
         self.at, self.slot = at, slot
         values = None if values is None else values[:, :, at]
-        mask = _additive(mask, query)[:, None]
-        self.term = Term(query.transpose(1, 2), keys[:, :, at], values, layout.width, mask, layout.scale)
+        additive = lambda: _additive(seen(), query)[:, None]  # noqa: E731
+        self.term = Term(query.transpose(1, 2), keys[:, :, at], values, layout.width, additive, layout.scale)
 
     def arrange(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2)
@@ -172,12 +181,13 @@ class Tokens(_OneProduct):
     """Local tokens in reach."""
 
     def __init__(self, inputs: Inputs, layout: Layout, begin: int, stop: int):
-        query, mask, at = inputs.query[:, begin:stop], layout.local_mask(begin, stop), layout.local_keys(begin, stop)
-        super().__init__(layout, query, inputs.keys, inputs.values, at, mask, slot=0)
+        seen = partial(layout.local_mask, begin, stop)
+        query, at = inputs.query[:, begin:stop], layout.local_keys(begin, stop)
+        super().__init__(layout, query, inputs.keys, inputs.values, at, seen, slot=0)
 
 
 class InReach(_OneProduct):
-    """Entries in reach, those that `attended` [B, Q, n] names; of all queries of the chunk or `some`."""
+    """Entries in reach, those that `attended` says, [B, Q, n]; of all queries of the chunk or `some`."""
 
     def __init__(
         self,
@@ -185,13 +195,13 @@ class InReach(_OneProduct):
         layout: Layout,
         begin: int,
         stop: int,
-        attended: Tensor,
+        attended: Callable[[], Tensor],
         some: slice = slice(None),  # noqa: B008
     ):
         query, at = inputs.query[:, begin:stop][:, some], layout.entries(begin, stop)
-        attended = attended[:, some]
-        super().__init__(layout, query, inputs.entries, inputs.entry_values, at, attended, slot=1)
-        self.term.unseeing = ~attended.any(-1)[:, None]
+        seen = lambda: attended()[:, some]  # noqa: E731
+        super().__init__(layout, query, inputs.entries, inputs.entry_values, at, seen, slot=1)
+        self.term.may_see_nothing = True
 
     def entry_probabilities(self, normaliser: Tensor) -> Tensor:
         """Weights of the entries [B, Q, n], summed over heads, in a softmax with normaliser [B, Q, H]."""
@@ -215,7 +225,7 @@ class Window:
         self.at, self.pad = slice(max(first, 0), min(last, tokens)), (max(-first, 0), max(last - tokens, 0))
         keys = self._strided(inputs.keys)
         values = None if inputs.values is None else self._strided(inputs.values)
-        mask = self._mask(layout, begin, stop, first, inputs.query)
+        mask = partial(self._mask, layout, begin, stop, first, inputs.query)
         query = self.arrange(full(inputs.query[:, begin:stop]))
         self.term = Term(query, keys, values, layout.width, mask, layout.scale)
 
@@ -275,9 +285,9 @@ class Gathered:
         self.chosen, self.shape = chosen, (*chosen.shape[:2], inputs.query.shape[2])
         rows = take_rows(inputs.entries[:, 0], chosen)
         values = None if inputs.entry_values is None else take_rows(inputs.entry_values[:, 0], chosen)[:, None]
-        mask = _additive(chosen >= 0, rows)
         query = self.arrange(inputs.query[:, begin:stop])
-        self.term = Term(query, rows[:, None], values, layout.width, mask.flatten(0, 1)[:, None, None], layout.scale)
+        additive = lambda: _additive(chosen >= 0, rows).flatten(0, 1)[:, None, None]  # noqa: E731
+        self.term = Term(query, rows[:, None], values, layout.width, additive, layout.scale)
 
     def arrange(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1)[:, None]
