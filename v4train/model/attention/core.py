@@ -217,16 +217,11 @@ class _Chunk:
 
 def _chunks(inputs: Inputs, layout: Layout) -> Iterator[tuple[int, int]]:
     (batch, length), chunk = inputs.query.shape[:2], layout.chunk
-    if layout.selects:
+    if layout.selects and inputs.entries.shape[2] >= GATHER_FROM * layout.index.top_k:
         gathered = batch * layout.index.top_k * inputs.entries.shape[-1]  # for one query of each row
         chunk = max(1, min(chunk, GATHERED // gathered))
     for begin in range(0, length, chunk):
         yield begin, min(begin + chunk, length)
-
-
-def _computed(tensors: list[Tensor | None]) -> Inputs:
-    """The inputs as they are multiplied: on the CPU, whose small bf16 products are slow, in full precision."""
-    return Inputs(*(x if x is None or x.device.type != "cpu" else full(x) for x in tensors))
 
 
 def _weighted(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -242,7 +237,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, layout = arguments
-        inputs = _computed(tensors)
+        inputs = Inputs(*tensors)
         query, sink = inputs.query, inputs.sink
         batch, length, heads, _ = query.shape
         output = tensors[0].new_empty(batch, length, heads, layout.width)
@@ -289,10 +284,10 @@ class _Attend(torch.autograd.Function):
         kept = [(next(others), next(others)) if keeps else None for keeps in ctx.keeps]
         if not any(ctx.needs_input_grad[:MAIN]):  # the indexer alone is trained
             return *[None] * MAIN, *index_gradients, None
-        inputs, layout = _computed([*tensors, None, None, None]), ctx.layout
+        inputs, layout = Inputs(*tensors, None, None, None), ctx.layout
         # fp32 sums: many chunks add to the same key, but each has queries of its own
         *of_keys, sink_gradient = (None if x is None else full(torch.zeros_like(x)) for x in inputs[1:MAIN])
-        query_gradient = torch.empty_like(inputs.query)
+        query_gradient = full(torch.empty_like(inputs.query))
         for begin, stop in _chunks(inputs, layout):
             of_output, whole, log_sum = (x[:, begin:stop] for x in (output_gradient, output, normaliser))
             of_output = full(of_output)

@@ -1,11 +1,11 @@
 """One term of a joint softmax: values and log-sum-exp over one set of keys, to be joined with other terms.
 
 With the output and log-sum-exp of the whole joint softmax, the backward pass of each term stands alone, and computes
-its weights again where they were not kept. Both ways are plain products, which are fast, while the weights of all queries and keys fit in a
-CPU's cache; torch's own fused kernel beyond that, which never holds them.
+its weights again where they were not kept. Both ways are plain products, which are fast, while the weights of all
+queries and keys fit in a CPU's cache; torch's own fused kernel beyond that, which never holds them.
 
 Shapes: B batch, H heads, G key-value heads (H a multiple; head h reads h // (H / G)), Q queries, n keys, D key width,
-E value width. fp32 throughout, fp64 for fp64 inputs.
+E value width. Logits, weights and sums are fp32, fp64 for fp64 inputs; bf16 ones multiply weights rounded to bf16.
 """
 
 import math
@@ -68,6 +68,8 @@ class Term:
     def logits(self) -> Tensor:
         """[B G, Q R, n] fp32, -inf where unseen, to be changed in place."""
         query, keys = by_group(self.query, self.keys), self.keys.flatten(0, 1)
+        if query.device.type == "cpu":  # which has no product of bf16 that isn't rounded to it
+            query, keys = full(query), full(keys)
         (batch, heads), groups = self.query.shape[:2], self.keys.shape[1]
         if self.mask is not None and heads == groups and query.dtype == self.mask.dtype:
             one = self.mask.shape[:2].numel() == 1

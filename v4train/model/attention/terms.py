@@ -226,7 +226,7 @@ class Window:
         keys = self._strided(inputs.keys)
         values = None if inputs.values is None else self._strided(inputs.values)
         mask = partial(self._mask, layout, begin, stop, first, inputs.query)
-        query = self.arrange(full(inputs.query[:, begin:stop]))
+        query = self.arrange(inputs.query[:, begin:stop])
         self.term = Term(query, keys, values, layout.width, mask, layout.scale)
 
     def arrange(self, x: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class Window:
         for slot, change in ((0, keys), (2, values)):
             if change is None:
                 continue
-            total = change.new_zeros(change.shape[0], self.back + self.blocks, self.block, change.shape[-1])
+            total = full(change.new_zeros(change.shape[0], self.back + self.blocks, self.block, change.shape[-1]))
             for i, part in enumerate(change.split(self.block, dim=2)):  # keys that the blocks share
                 total[:, i : i + self.blocks] += part
             whole = total.view(-1, self.groups, total.shape[1] * self.block, change.shape[-1])
@@ -251,7 +251,7 @@ class Window:
 
     def _strided(self, x: Tensor) -> Tensor:
         """[B, G, T, D] as [B G, blocks, b (r + 1), D], zeros where no token is."""
-        x = F.pad(full(x[:, :, self.at]), (0, 0, *self.pad)).flatten(0, 1)
+        x = F.pad(x[:, :, self.at], (0, 0, *self.pad)).flatten(0, 1)
         x = x.contiguous()
         length, width = x.shape[1:]
         shape = (x.shape[0], self.blocks, self.block * (self.back + 1), width)
