@@ -18,6 +18,7 @@ from v4train.model.cached import CACHED
 from v4train.model.config import ModelConfig
 from v4train.model.ffn import ACTIVATIONS, Activation
 from v4train.model.precision import full, product_dtype
+from v4train.model.recompute import FORGET_FROM
 from v4train.model.seams import Seams
 
 # Rows of an expert are a multiple of this in bf16 on the CPU: oneDNN prepares a product for each number of rows that it
@@ -129,9 +130,11 @@ class _Experts(torch.autograd.Function):
         first, second = gate_up.flatten(1, 2).to(dtype), down.to(dtype)
         row_weights, source = _weights_of_rows(weights, groups, dtype), x.to(dtype)
         result, kept = first.new_empty(groups.token.shape[0], x.shape[1]), []
+        keeps = x.device.type != "cpu" or dtype == torch.bfloat16 or x.numel() < FORGET_FROM
+        keeps = keeps and any(ctx.needs_input_grad)
         for block in ranges_of(groups, x.shape[1]):
             projected = _first_product(_rows(source, groups, block), first, bias, groups, block)
-            if any(ctx.needs_input_grad) and (x.device.type != "cpu" or dtype == torch.bfloat16):
+            if keeps:
                 kept.append(projected)
             hidden = activation.needed(projected)(projected).mul_(row_weights[block.rows])
             result[block.rows] = grouped_product(hidden, second[block.experts], block.ends)
