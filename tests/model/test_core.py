@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.model.memory import LargestTensor
 from tests.model.packings import ids_of, layouts, same_document, visible_entries
+from v4train.model.attention import core, softmax
 from v4train.model.attention.core import Entries, IndexUse, Local, attend
 from v4train.model.attention.selection import index_scores, indexer_kl, score_gradients, select_top_k, selection_mask
 from v4train.model.documents import compression_blocks, document_starts
@@ -118,9 +119,13 @@ MODES = {
 }
 
 
+@pytest.mark.parametrize("held", [0, softmax.HELD], ids=["fused", "plain"])
+@pytest.mark.parametrize("gather_from", [0, core.GATHER_FROM])
 @pytest.mark.parametrize("chunk", [3, 16, 100])
 @pytest.mark.parametrize("mode", MODES)
-def test_values_and_gradients_of_the_dense_twin(mode, chunk):
+def test_values_and_gradients_of_the_dense_twin(mode, chunk, gather_from, held, monkeypatch):
+    monkeypatch.setattr(softmax, "HELD", held)
+    monkeypatch.setattr(core, "GATHER_FROM", gather_from)
     entries, options = MODES[mode]
     case = Case(*LAYOUTS, entries=entries)
     ours, theirs = case.attend(chunk, **options), case.naive(**options)

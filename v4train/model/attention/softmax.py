@@ -103,18 +103,23 @@ def join(normalisers: list[Tensor], sink: Tensor | None) -> Tensor:
 def plain_softmax(term: Term) -> tuple[Tensor, Tensor, Tensor]:
     """`Term.softmax` by plain products."""
     normaliser, values = plain_normaliser(term), term.own_values().flatten(0, 1)
-    weights, reference = term.kept
-    values = full(torch.bmm(weights.to(values.dtype), values))
-    return by_head(values, term), by_head(reference, term)[..., 0], normaliser
+    weights, _ = term.kept
+    return by_head(full(torch.bmm(weights.to(values.dtype), values)), term), normaliser, normaliser
 
 
 def plain_normaliser(term: Term) -> Tensor:
     """The log-sum-exp [B, H, Q] of `Term.softmax`; the weights stay with the term."""
     logits = term.logits()
-    top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
-    weights = logits.sub_(top).exp_()
-    term.kept = weights, top
-    return by_head(top + weights.sum(-1, keepdim=True).log(), term)[..., 0]
+    if term.may_see_nothing:  # no NaN: such weights come to nothing by their log-sum-exp
+        logits.clamp_(min=torch.finfo(logits.dtype).min)
+    top = logits.amax(-1, keepdim=True)
+    weights = torch.softmax(logits, -1, out=logits)
+    # The largest weight is at least 1 / n, so this is exact
+    normaliser = top - weights.amax(-1, keepdim=True).log()
+    if term.may_see_nothing:
+        normaliser.masked_fill_(top == torch.finfo(top.dtype).min, -torch.inf)
+    term.kept = weights, normaliser
+    return by_head(normaliser, term)[..., 0]
 
 
 def plain_backward(

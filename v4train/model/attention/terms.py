@@ -287,7 +287,7 @@ class Gathered:
         values = None if inputs.entry_values is None else take_rows(inputs.entry_values[:, 0], chosen)[:, None]
         query = self.arrange(inputs.query[:, begin:stop])
         additive = lambda: _additive(chosen >= 0, rows).flatten(0, 1)[:, None, None]  # noqa: E731
-        self.term = Term(query, rows[:, None], values, layout.width, additive, layout.scale)
+        self.term = Term(query, rows[:, None], values, layout.width, additive, layout.scale, may_see_nothing=True)
 
     def arrange(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1)[:, None]
