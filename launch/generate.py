@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from v4train.config import PRECISIONS, checked_device, config_dir
 from v4train.data import Tokenizer
-from v4train.errors import ConfigError
+from v4train.errors import ConfigError, refusing_bad_input
 from v4train.generation import GenerationConfig, generate, stream_text
 from v4train.model import Transformer
 from v4train.model.attention.cache import Cache
@@ -144,17 +144,11 @@ def _figures(prompt_tokens: int, times: list[float], cache: Cache | None) -> str
     return f"{prefill}; {decode}; {size}"
 
 
-def refuse(error: ConfigError) -> None:
-    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        refuse(error)
+        with refusing_bad_input():
+            main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, `head` for one, has seen enough

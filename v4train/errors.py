@@ -26,5 +26,5 @@ def refusing_bad_input() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)

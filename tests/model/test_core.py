@@ -119,7 +119,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("held", [0, softmax.HELD], ids=["fused", "plain"])
+@pytest.mark.parametrize("held", [0, 5000, softmax.HELD], ids=["fused", "entries plain", "plain"])
 @pytest.mark.parametrize("gather_from", [0, core.GATHER_FROM])
 @pytest.mark.parametrize("chunk", [3, 16, 100])
 @pytest.mark.parametrize("mode", MODES)
@@ -135,6 +135,70 @@ def test_values_and_gradients_of_the_dense_twin(mode, chunk, gather_from, held, 
     gradients = zip(case.gradients(*ours), case.gradients(*theirs), strict=True)
     for mine, other in gradients:
         torch.testing.assert_close(mine, other, atol=1e-10, rtol=0)
+
+
+def test_chunks_without_a_query_whose_recall_is_measured(monkeypatch):
+    monkeypatch.setattr(core, "MEASURED_ENTRIES", 1)
+    case = Case(*LAYOUTS)
+    for ours, theirs in zip(case.attend(3, True, True), case.naive(True, True), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [16, 100], ids=["computed again", "kept"])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_bf16_inputs_have_logits_and_sums_in_fp32(key_heads, chunk):
+    """Against fp64 on the same rounded numbers; logits up to 60, of which bf16 would round to 0.25."""
+    generator, heads, length, dim = torch.Generator().manual_seed(0), 4, 40, 16
+
+    def random(*shape, scale=1.0):
+        made = scale * torch.randn(*shape, generator=generator)
+        return made.bfloat16().requires_grad_()
+
+    inputs = (
+        random(2, length, heads, dim, scale=12.0),
+        random(2, key_heads, length, dim),
+        random(2, key_heads, length, 8),
+    )
+    weight = random(2, length, heads, 8).detach()
+    starts = torch.zeros(2, length, dtype=torch.long)
+    output = attend(inputs[0], local=Local(*inputs[1:], starts, WINDOW), chunk=chunk).output
+    ours = [output, *torch.autograd.grad((output * weight).sum(), inputs)]
+    query, keys, values = wide = [x.detach().double().requires_grad_() for x in inputs]
+    keys, values = (x.repeat_interleave(heads // key_heads, 1) for x in (keys, values))
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    logits = torch.einsum("bshd,bhkd->bhsk", query, keys) / dim**0.5
+    logits = logits.masked_fill((distance < 0) | (distance >= WINDOW), -torch.inf)
+    assert logits[logits.isfinite()].abs().max() > 50
+    expected = torch.einsum("bhsk,bhke->bshe", logits.softmax(-1), values)
+    expected = [expected, *torch.autograd.grad((expected * weight.double()).sum(), wide)]
+    for one, other in zip(ours, expected, strict=True):
+        error = (one.double() - other).norm() / other.norm()
+        assert error < 0.01, error
+
+
+def test_nothing_waits_for_the_garbage_collector(monkeypatch):
+    """Keys, masks and weights of a chunk, and the query that they come from, are freed when the chunk is done."""
+    alive = []
+    for kind in ("Tokens", "Window", "InReach", "Gathered"):
+        original = getattr(core, kind)
+
+        def made(*arguments, original=original):
+            part = original(*arguments)
+            alive.append(weakref.ref(part))
+            return part
+
+        monkeypatch.setattr(core, kind, made)
+    gc.disable()
+    try:
+        for gather_from in (0, 4):
+            monkeypatch.setattr(core, "GATHER_FROM", gather_from)
+            case = Case(*LAYOUTS)
+            for chunk in (3, 16):
+                output, kl = case.attend(chunk, True, True)
+                (output.sum() + kl).backward()
+    finally:
+        gc.enable()
+    assert len(alive) > 20 and not any(reference() for reference in alive)
 
 
 @settings(max_examples=15)

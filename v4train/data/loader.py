@@ -21,7 +21,8 @@ from v4train.data.streams import WINDOW_ROWS, Lane
 from v4train.data.tokenizer import Tokenizer
 from v4train.errors import ConfigError
 
-STEPS_AHEAD, READ_AHEAD = 2, 1 << 26  # steps put together ahead; bytes of rows read ahead, up to a window
+STEPS_AHEAD = 2  # that are put together, and at least as many of rows that are read
+READ_AHEAD = 1 << 26  # bytes of rows that are read ahead, up to a window
 
 
 class EndOfData(Exception):

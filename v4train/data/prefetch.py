@@ -1,4 +1,4 @@
-"""Rows read ahead by threads, each lane by one of them, so that order and content are those of one thread."""
+"""Sequences read ahead by threads, each by one of them, so that order and content are those of one thread."""
 
 import threading
 from collections import deque

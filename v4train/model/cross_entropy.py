@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from v4train.model.precision import full
+from v4train.model.precision import full, full_dtype
 from v4train.model.seams import Vocabulary
 
 WHOLE = Vocabulary()
@@ -16,9 +16,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, vocabulary: Vocabulary) -> Tensor:
         total = full(x.new_zeros(()))
         x_gradient = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        weight_gradient = full(torch.empty_like(weight)) if ctx.needs_input_grad[1] else None
-        if weight_gradient is not None and not len(x):
-            weight_gradient.zero_()
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:  # the first chunk writes it
+            make = torch.empty_like if len(x) else torch.zeros_like
+            weight_gradient = make(weight, dtype=full_dtype(weight))
         x, weight = x.to(dtype), weight.to(dtype)
         rows = max(1, min(x.shape[0], CHUNK_BYTES // (4 * weight.shape[0])))
         buffer = x.new_empty(rows, weight.shape[0])
@@ -47,7 +48,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if weight_gradient is not None:
                 chunk = chunk.masked_fill(ignored, 0)
                 if dtype == weight_gradient.dtype:
-                    torch.addmm(weight_gradient, gradient.mT, chunk, beta=min(begin, 1), out=weight_gradient)
+                    weight_gradient.addmm_(gradient.mT, chunk, beta=1 if begin else 0)
                 elif begin:
                     weight_gradient += gradient.mT @ chunk
                 else:

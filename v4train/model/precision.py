@@ -14,6 +14,18 @@ def full(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def full_dtype(x: Tensor) -> torch.dtype:
+    """That of `full(x)`."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def full_product(a: Tensor, b: Tensor) -> Tensor:
+    """[N, P, Q] x [N, Q, R], whose sums are not rounded: fp32, or fp64. A GPU takes `a` in the dtype of `b`."""
+    if b.device.type == "cpu" or b.dtype == full_dtype(b):  # a CPU has no product of bf16 that it doesn't round
+        return torch.bmm(full(a), full(b))
+    return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which matrix products take x: autocast's where that is on."""
     device = x.device.type

@@ -50,6 +50,11 @@ class _RecomputeFirst(torch.autograd.Function):
         return gradient
 
 
+def memory_counts(hidden: Tensor) -> bool:
+    """Whether hidden states [B, S, M] are so many that memory counts for more than time."""
+    return hidden.numel() >= FORGET_FROM
+
+
 def forget(*tensors: Tensor, again: Callable[..., None], needed_by: Tensor, inside: nn.Module, hidden: Tensor) -> None:
     """Free the memory of `tensors` until backward comes to what made `needed_by`, and then let `again` fill it.
 
@@ -63,7 +68,7 @@ def forget(*tensors: Tensor, again: Callable[..., None], needed_by: Tensor, insi
         inside: the module within which modules see them.
         hidden: its input or output [B, S, M], which says how much memory this is about.
     """
-    if hidden.numel() < FORGET_FROM or not (inside.training and needed_by.requires_grad):
+    if not memory_counts(hidden) or not (inside.training and needed_by.requires_grad):
         return
     if not (_in_checkpoint() or _watched(inside)):
         needed_by.register_hook(_Refill(tensors, again))

@@ -15,7 +15,6 @@ selected ones, I indexer heads, J their width.
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -35,10 +34,10 @@ from v4train.model.attention.selection import (
     selection_mask,
     take_rows,
 )
-from v4train.model.attention.softmax import join, plain_normaliser
+from v4train.model.attention.softmax import HELD, join, plain_normaliser
 from v4train.model.attention.terms import Entries, Gathered, Inputs, InReach, Layout, Local, Part, Tokens, Window
 from v4train.model.config import GATHER_FROM, MEASURED_ENTRIES
-from v4train.model.precision import full, full_precision
+from v4train.model.precision import full, full_dtype, full_precision
 from v4train.model.seams import Heads
 
 GATHERED = 2**21  # elements gathered at a time, at most: what a cache holds
@@ -233,6 +232,11 @@ def _weighted(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     return total
 
 
+def _few(kept: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """The weights of a term, and what belongs to them, unless they are many."""
+    return None if kept is None or kept[0].numel() > HELD else kept
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
@@ -258,14 +262,15 @@ class _Attend(torch.autograd.Function):
                 selected[:, begin:stop] = chunk.chosen
             parts = chunk.parts()
             softmaxes = [[part.restore(x) for x in part.term.softmax()] for part in parts]
-            normalisers = [own for *_, own in softmaxes]
+            normalisers = [own for _, own in softmaxes]
             joint = join(normalisers, sink)
             normaliser[:, begin:stop] = joint
-            output[:, begin:stop] = _weighted((values, reference - joint) for values, reference, _ in softmaxes)
+            output[:, begin:stop] = _weighted((values, own - joint) for values, own in softmaxes)
             if layout.learns and chunk.num_entries:
                 measures += chunk.learn(parts[-1], normalisers[:-1], joint, index_gradients)
-        # What one chunk holds doesn't grow with the sequence, and kept it needs not be computed again
-        kept = [part.term.kept for part in parts] if begin == 0 else []
+        kept = []  # weights of each part; of one chunk they are few and don't grow with the sequence
+        if length <= stop - begin and any(ctx.needs_input_grad[:MAIN]):
+            kept = [_few(part.term.kept) for part in parts]
         if index_gradients is not None:
             index_gradients = [g.to(x.dtype) for g, x in zip(index_gradients, tensors[INDEX], strict=True)]
         others = *(index_gradients or ()), *(x for pair in kept for x in pair or ())
@@ -281,13 +286,15 @@ class _Attend(torch.autograd.Function):
         saved = ctx.saved_tensors
         (*tensors, output, normaliser, selected), others = saved[: MAIN + 3], iter(saved[MAIN + 3 :])
         index_gradients = [next(others) * kl_gradient if ctx.learns else None for _ in range(3)]
-        kept = [(next(others), next(others)) if keeps else None for keeps in ctx.keeps]
+        kept = [(next(others), next(others)) if keeps else None for keeps in ctx.keeps]  # of the only chunk
         if not any(ctx.needs_input_grad[:MAIN]):  # the indexer alone is trained
             return *[None] * MAIN, *index_gradients, None
         inputs, layout = Inputs(*tensors, None, None, None), ctx.layout
         # fp32 sums: many chunks add to the same key, but each has queries of its own
-        *of_keys, sink_gradient = (None if x is None else full(torch.zeros_like(x)) for x in inputs[1:MAIN])
-        query_gradient = full(torch.empty_like(inputs.query))
+        *of_keys, sink_gradient = (
+            None if x is None else torch.zeros_like(x, dtype=full_dtype(x)) for x in inputs[1:MAIN]
+        )
+        query_gradient = torch.empty_like(inputs.query)
         for begin, stop in _chunks(inputs, layout):
             of_output, whole, log_sum = (x[:, begin:stop] for x in (output_gradient, output, normaliser))
             of_output = full(of_output)
@@ -295,10 +302,11 @@ class _Attend(torch.autograd.Function):
             if inputs.sink is not None:
                 sink_gradient -= (torch.exp(full(inputs.sink) - log_sum) * along).sum((0, 1))
             chosen = None if selected is None else selected[:, begin:stop].long()
-            of_query = None
-            for part, part.term.kept in zip_longest(_Chunk(inputs, layout, begin, stop, chosen).parts(), kept):
-                given = (of_output, log_sum, whole if part.term.fused else along)
-                own, keys, values = part.term.backward(*map(part.arrange, given))
+            parts, of_query = _Chunk(inputs, layout, begin, stop, chosen).parts(), None
+            for part, part_kept in zip(parts, kept or [None] * len(parts), strict=True):
+                part.term.kept = part_kept
+                given = (part.arrange(x) for x in (of_output, log_sum, whole, along))
+                own, keys, values = part.term.backward(*given)
                 own = full(part.restore(own))
                 of_query = own if of_query is None else of_query.add_(own)
                 part.add(of_keys, keys, values)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from v4train.model.precision import full
+from v4train.model.precision import full, full_product
 
 HELD = 2**21  # weights of one term up to which plain products are the faster ones on a CPU (docs/performance.md)
 
@@ -30,36 +30,36 @@ class Term:
     keys: Tensor  # [B, G, n, D]
     values: Tensor | None  # [B, G, n, E]; None: the first E channels of the keys
     width: int  # E
-    additive: Callable[[], Tensor] | None  # makes what is added to the logits, [B, 1, Q, n], -inf where unseen
+    additive: Callable[[], Tensor]  # makes what is added to the logits, [B, 1, Q, n], -inf where unseen
     scale: float  # of the logits
     may_see_nothing: bool = False
-    kept: tuple[Tensor, Tensor] | None = None  # from plain products: exp(logits - x) and x, by key head
+    kept: tuple[Tensor, Tensor] | None = None  # by plain products: weights of this term alone and its log-sum-exp
 
     @cached_property
-    def mask(self) -> Tensor | None:
-        return self.additive and self.additive()
+    def mask(self) -> Tensor:
+        return self.additive()
 
     @property
     def fused(self) -> bool:
         return self.query.device.type == "cpu" and self.query[..., 0].numel() * self.keys.shape[2] > HELD
 
-    def softmax(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(values [B, H, Q, E], reference [B, H, Q], log-sum-exp [B, H, Q]) over these keys alone.
-
-        The term's part in a softmax with log-sum-exp L is values x exp(reference - L). Where nothing is seen the values
-        are 0 and the log-sum-exp is -inf.
-        """
+    def softmax(self) -> tuple[Tensor, Tensor]:
+        """(output [B, H, Q, E], log-sum-exp [B, H, Q]) over these keys alone; finite and -inf where nothing is seen."""
         return _fused_softmax(self) if self.fused else plain_softmax(self)
 
-    def backward(self, gradient: Tensor, normaliser: Tensor, result: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(
+        self, gradient: Tensor, normaliser: Tensor, output: Tensor, correction: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of query [B, H, Q, D], keys [B, G, n, D] and values (None where they are the keys': added there).
 
         Args:
-            gradient: [B, H, Q, E] of the joint softmax; normaliser: [B, H, Q] its log-sum-exp.
-            result: its output [B, H, Q, E] where `fused`; else that times `gradient`, summed over channels, [B, H, Q].
+            gradient, output: [B, H, Q, E] of the joint softmax; normaliser: [B, H, Q] its log-sum-exp.
+            correction: [B, H, Q], both multiplied and summed over E: of each query sum of weight x its gradient.
         """
-        arguments = (self, gradient, normaliser, result)
-        query, keys, values = (_fused_backward if self.fused else plain_backward)(*arguments)
+        if self.fused:
+            query, keys, values = _fused_backward(self, gradient, normaliser, output)
+        else:
+            query, keys, values = plain_backward(self, gradient, normaliser, correction)
         if self.values is None and values is not None:
             keys[..., : self.width] += values
             values = None
@@ -68,26 +68,22 @@ class Term:
     def logits(self) -> Tensor:
         """[B G, Q R, n] fp32, -inf where unseen, to be changed in place."""
         query, keys = by_group(self.query, self.keys), self.keys.flatten(0, 1)
-        if query.device.type == "cpu":  # which has no product of bf16 that isn't rounded to it
-            query, keys = full(query), full(keys)
-        (batch, heads), groups = self.query.shape[:2], self.keys.shape[1]
-        if self.mask is not None and heads == groups and query.dtype == self.mask.dtype:
+        (batch, heads, queries), groups = self.query.shape[:3], self.keys.shape[1]
+        if heads == groups and query.device.type == "cpu":
             one = self.mask.shape[:2].numel() == 1
             mask = self.mask[0] if one else self.mask.expand(batch, groups, -1, -1).flatten(0, 1)
-            return torch.baddbmm(mask, query, keys.mT, alpha=self.scale)
-        logits = full(torch.bmm(query, keys.mT))
-        if self.mask is None:
-            return logits.mul_(self.scale)
-        by_query = logits.view(batch, groups, -1, heads // groups, keys.shape[1])
+            return torch.baddbmm(mask, full(query), full(keys).mT, alpha=self.scale)
+        logits = full_product(query, keys.mT)
+        by_query = logits.view(batch, groups, queries, heads // groups, keys.shape[1])
         torch.add(self.mask[:, :, :, None], by_query, alpha=self.scale, out=by_query)
         return logits
 
     def weights(self, normaliser: Tensor) -> Tensor:
-        """exp(logits - normaliser) [B, H, Q, n], from what a softmax or its backward has left behind, if it has."""
+        """exp(logits - normaliser) [B, H, Q, n], from what `softmax` has left behind, if it has."""
         if self.kept is None:
             return by_head(self.logits(), self).sub_(normaliser[..., None]).exp_()
-        weights, reference = (by_head(x, self) for x in self.kept)
-        return weights * torch.exp(reference - normaliser[..., None])
+        weights, own = (by_head(x, self) for x in self.kept)
+        return weights * torch.exp(own - normaliser[..., None])
 
     def own_values(self) -> Tensor:
         return self.keys[..., : self.width] if self.values is None else self.values
@@ -100,11 +96,11 @@ def join(normalisers: list[Tensor], sink: Tensor | None) -> Tensor:
     return normalisers[0] if len(normalisers) == 1 else torch.stack(normalisers).logsumexp(0)
 
 
-def plain_softmax(term: Term) -> tuple[Tensor, Tensor, Tensor]:
+def plain_softmax(term: Term) -> tuple[Tensor, Tensor]:
     """`Term.softmax` by plain products."""
     normaliser, values = plain_normaliser(term), term.own_values().flatten(0, 1)
     weights, _ = term.kept
-    return by_head(full(torch.bmm(weights.to(values.dtype), values)), term), normaliser, normaliser
+    return by_head(full(torch.bmm(weights.to(values.dtype), values)), term), normaliser
 
 
 def plain_normaliser(term: Term) -> Tensor:
@@ -125,23 +121,20 @@ def plain_normaliser(term: Term) -> Tensor:
 def plain_backward(
     term: Term, gradient: Tensor, normaliser: Tensor, correction: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`Term.backward` by plain products; values' gradient is None where the keys' holds it.
-
-    correction: [B, H, Q], of each query the sum over all keys of weight x its gradient.
-    """
-    values = term.own_values()
-    query, gradient = by_group(term.query, values), by_group(gradient, values).to(values.dtype)
-    normaliser, correction = (by_group(x[..., None], values) for x in (normaliser, correction))
+    """`Term.backward` by plain products; values' gradient is None where the keys' holds it."""
+    query, keys = by_group(term.query, term.keys), term.keys.flatten(0, 1)
+    values, gradient = term.own_values().flatten(0, 1), by_group(gradient, term.keys)
+    normaliser, correction = (by_group(x[..., None], term.keys) for x in (normaliser, correction))
     if term.kept is None:
         weights = term.logits().sub_(normaliser).exp_()
-    else:  # weights of another reference: the factor of a row is as well one of its gradient
-        weights, reference = term.kept
-        factor = torch.exp(reference - normaliser)
-        gradient, correction = (gradient * factor).to(values.dtype), correction * factor
-    keys, values = term.keys.flatten(0, 1), values.flatten(0, 1)
-    change = full(torch.bmm(gradient, values.mT)).sub_(correction).mul_(weights).to(keys.dtype)
+    else:  # of this term alone: the factor that a row lacks goes to its gradient, which is smaller
+        weights, own = term.kept
+        factor = torch.exp(own - normaliser)
+        gradient, correction = gradient * factor, correction * factor
+    # Unrounded, since the two may be nearly equal
+    change = full_product(gradient, values.mT).sub_(correction).mul_(weights).to(keys.dtype)
     query_gradient = by_head(torch.bmm(change, keys).mul_(term.scale), term)
-    of_values = torch.bmm(weights.to(values.dtype).mT, gradient)
+    of_values = torch.bmm(weights.to(values.dtype).mT, gradient.to(values.dtype))
     if term.values is None and term.width == keys.shape[-1]:
         of_keys = torch.baddbmm(of_values, change.mT, query.to(keys.dtype), alpha=term.scale)
         return query_gradient, of_keys.view(term.keys.shape), None
@@ -149,13 +142,13 @@ def plain_backward(
     return query_gradient, of_keys, of_values.view(*term.keys.shape[:3], -1)
 
 
-def _fused_softmax(term: Term) -> tuple[Tensor, Tensor, Tensor]:
+def _fused_softmax(term: Term) -> tuple[Tensor, Tensor]:
     output, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_kernel_inputs(term), attn_mask=term.mask, scale=term.scale
     )
     if term.may_see_nothing:  # the kernel says 0 (torch 2.13)
         normaliser = normaliser.masked_fill(term.mask.amax(-1) == -torch.inf, -torch.inf)
-    return output[..., : term.width], normaliser, normaliser
+    return output[..., : term.width], normaliser
 
 
 def _fused_backward(term: Term, gradient: Tensor, normaliser: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,5 +196,5 @@ def by_group(x: Tensor, keys: Tensor) -> Tensor:
 
 def by_head(x: Tensor, term: Term) -> Tensor:
     """The inverse of `by_group` for what is of the term's queries."""
-    batch, groups = term.keys.shape[:2]
-    return x.view(batch, groups, term.query.shape[2], -1, x.shape[-1]).transpose(2, 3).flatten(1, 2)
+    (batch, heads, queries), groups = term.query.shape[:3], term.keys.shape[1]
+    return x.view(batch, groups, queries, heads // groups, x.shape[-1]).transpose(2, 3).flatten(1, 2)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from v4train.model.attention.selection import IndexUse, add_rows, take_rows
 from v4train.model.attention.softmax import Term
 from v4train.model.documents import in_window
-from v4train.model.precision import full
+from v4train.model.precision import full_dtype
 from v4train.model.seams import Heads
 
 BLOCK_ROWS, LEAST_BLOCK = 64, 8  # queries x heads of a block of `Window`, and its fewest queries (docs/performance.md)
@@ -128,6 +128,10 @@ class Layout:
         block = max(LEAST_BLOCK, BLOCK_ROWS // heads_per_key)
         return block if queries >= 2 * block else None
 
+    def blocks_back(self, block: int) -> int:
+        """Blocks of `Window` that a query sees before its own: r."""
+        return -(-(self.window - 1) // block)
+
     def entries(self, begin: int, stop: int) -> slice:
         return slice(0, 0) if self.seen is None else self.seen.reach(begin, stop)
 
@@ -159,12 +163,14 @@ class _OneProduct:
         at: slice,
         seen: Callable[[], Tensor],
         slot: int,
+        may_see_nothing: bool = False,
     ):
         """query: [B, Q, H, D]; keys, values: all of them, read at `at`; seen: gives [B, Q, n]; slot: of gradients."""
         self.at, self.slot = at, slot
         values = None if values is None else values[:, :, at]
-        additive = lambda: _additive(seen(), query)[:, None]  # noqa: E731
-        self.term = Term(query.transpose(1, 2), keys[:, :, at], values, layout.width, additive, layout.scale)
+        additive = lambda: _additive(seen(), keys)[:, None]  # noqa: E731
+        query = query.transpose(1, 2)
+        self.term = Term(query, keys[:, :, at], values, layout.width, additive, layout.scale, may_see_nothing)
 
     def arrange(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2)
@@ -200,8 +206,7 @@ class InReach(_OneProduct):
     ):
         query, at = inputs.query[:, begin:stop][:, some], layout.entries(begin, stop)
         seen = lambda: attended()[:, some]  # noqa: E731
-        super().__init__(layout, query, inputs.entries, inputs.entry_values, at, seen, slot=1)
-        self.term.may_see_nothing = True
+        super().__init__(layout, query, inputs.entries, inputs.entry_values, at, seen, slot=1, may_see_nothing=True)
 
     def entry_probabilities(self, normaliser: Tensor) -> Tensor:
         """Weights of the entries [B, Q, n], summed over heads, in a softmax with normaliser [B, Q, H]."""
@@ -217,17 +222,17 @@ class Window:
 
     def __init__(self, inputs: Inputs, layout: Layout, begin: int, stop: int, block: int):
         self.groups, tokens = inputs.keys.shape[1:3]
-        self.block, self.queries, self.heads = block, stop - begin, inputs.query.shape[2]
-        self.blocks = -(-self.queries // block)
-        self.back = -(-(layout.window - 1) // block)  # blocks that a query sees before its own, r
+        self.block, self.queries = block, stop - begin
+        self.blocks, self.back = -(-self.queries // block), layout.blocks_back(block)
         first = layout.before + begin - self.back * block
         last = first + (self.back + self.blocks) * block
         self.at, self.pad = slice(max(first, 0), min(last, tokens)), (max(-first, 0), max(last - tokens, 0))
         keys = self._strided(inputs.keys)
         values = None if inputs.values is None else self._strided(inputs.values)
-        mask = partial(self._mask, layout, begin, stop, first, inputs.query)
+        rows = inputs.query.shape[2] // self.groups
+        additive = partial(_window_mask, layout, begin, stop, block, self.groups, rows, inputs.keys)
         query = self.arrange(inputs.query[:, begin:stop])
-        self.term = Term(query, keys, values, layout.width, mask, layout.scale)
+        self.term = Term(query, keys, values, layout.width, additive, layout.scale)
 
     def arrange(self, x: Tensor) -> Tensor:
         missing = self.blocks * self.block - self.queries
@@ -243,7 +248,8 @@ class Window:
         for slot, change in ((0, keys), (2, values)):
             if change is None:
                 continue
-            total = full(change.new_zeros(change.shape[0], self.back + self.blocks, self.block, change.shape[-1]))
+            shape = (change.shape[0], self.back + self.blocks, self.block, change.shape[-1])
+            total = torch.zeros(shape, dtype=full_dtype(change), device=change.device)
             for i, part in enumerate(change.split(self.block, dim=2)):  # keys that the blocks share
                 total[:, i : i + self.blocks] += part
             whole = total.view(-1, self.groups, total.shape[1] * self.block, change.shape[-1])
@@ -257,25 +263,25 @@ class Window:
         shape = (x.shape[0], self.blocks, self.block * (self.back + 1), width)
         return x.as_strided(shape, (length * width, self.block * width, width, 1))
 
-    def _mask(self, layout: Layout, begin: int, stop: int, first: int, like: Tensor) -> Tensor:
-        """Added to the logits: [B G or 1, blocks or 1, b R, n]. Queries beyond the chunk see a window of anything."""
-        device, span = layout.starts.device, self.back * self.block
-        query, key = torch.arange(self.block, device=device), torch.arange(span + self.block, device=device)
-        near = in_window(query[:, None] + span - key, layout.window, 1)
-        starts = layout.starts[:, begin:stop]
-        position = torch.arange(layout.before + begin, layout.before + stop, device=device)
-        # Reading a number back would hold up a GPU's queue
-        if device.type == "cpu" and bool((starts <= position - (layout.window - 1)).all()):
-            seen = near[None, None]
-        else:
-            starts = F.pad(starts, (0, self.blocks * self.block - self.queries), value=-(2**31))
-            starts = starts.unflatten(1, (self.blocks, self.block))[..., None]
-            index = torch.arange(self.blocks, device=device)[:, None, None] * self.block + key + first
-            seen = near & (index >= starts)  # [B, blocks, b, n]
-            seen = seen[:, None].expand(-1, self.groups, -1, -1, -1).flatten(0, 1)
-        rows = self.heads // self.groups
-        mask = _additive(seen, like)[:, :, :, None]
-        return mask.expand(-1, -1, -1, rows, -1).flatten(2, 3)
+
+def _window_mask(layout: Layout, begin: int, stop: int, block: int, groups: int, rows: int, like: Tensor) -> Tensor:
+    """Of `Window`: [B G or 1, blocks or 1, b R, n]. Queries beyond the chunk see a window of anything."""
+    device, back, blocks = layout.starts.device, layout.blocks_back(block), -(-(stop - begin) // block)
+    query, key = torch.arange(block, device=device), torch.arange((back + 1) * block, device=device) - back * block
+    near = in_window(query[:, None] - key, layout.window, 1)
+    starts = layout.starts[:, begin:stop]
+    position = torch.arange(layout.before + begin, layout.before + stop, device=device)
+    # Reading a number back would hold up a GPU's queue
+    if device.type == "cpu" and bool((starts <= position - (layout.window - 1)).all()):
+        seen = near[None, None]
+    else:
+        starts = F.pad(starts, (0, blocks * block - starts.shape[1]), value=-(2**31))
+        starts = starts.unflatten(1, (blocks, block))[..., None]
+        index = layout.before + begin + torch.arange(blocks, device=device)[:, None, None] * block + key
+        seen = near & (index >= starts)  # [B, blocks, b, n]
+        seen = seen[:, None].expand(-1, groups, -1, -1, -1).flatten(0, 1)
+    mask = _additive(seen, like)[:, :, :, None]
+    return mask.expand(-1, -1, -1, rows, -1).flatten(2, 3)
 
 
 class Gathered:
@@ -307,5 +313,5 @@ class Gathered:
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
     """0 where the mask holds, -inf elsewhere, in the precision of logits."""
-    zeros = torch.zeros(mask.shape, dtype=full(like[:0]).dtype, device=mask.device)
+    zeros = torch.zeros(mask.shape, dtype=full_dtype(like), device=mask.device)
     return zeros.masked_fill_(~mask, -torch.inf)

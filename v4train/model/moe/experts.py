@@ -1,8 +1,8 @@
 """Routed experts as stacked matrices, multiplied by `grouped_mm` over tokens sorted by expert.
 
 On the CPU several experts at a time, with as many rows as a cache holds: what lies between two products never leaves
-it. In fp32 backward makes the first product again there, at little cost; it is kept in bf16, where it takes half the
-memory, and elsewhere.
+it. In fp32 backward makes the first product of a large micro-batch again there; it is kept in bf16, where it takes half
+the memory, and elsewhere.
 
 Shapes: T tokens, K experts per token, R >= T K rows sorted by expert, E experts, M hidden, I inner width.
 """
@@ -18,7 +18,7 @@ from v4train.model.cached import CACHED
 from v4train.model.config import ModelConfig
 from v4train.model.ffn import ACTIVATIONS, Activation
 from v4train.model.precision import full, product_dtype
-from v4train.model.recompute import FORGET_FROM
+from v4train.model.recompute import memory_counts
 from v4train.model.seams import Seams
 
 # Rows of an expert are a multiple of this in bf16 on the CPU: oneDNN prepares a product for each number of rows that it
@@ -130,7 +130,7 @@ class _Experts(torch.autograd.Function):
         first, second = gate_up.flatten(1, 2).to(dtype), down.to(dtype)
         row_weights, source = _weights_of_rows(weights, groups, dtype), x.to(dtype)
         result, kept = first.new_empty(groups.token.shape[0], x.shape[1]), []
-        keeps = x.device.type != "cpu" or dtype == torch.bfloat16 or x.numel() < FORGET_FROM
+        keeps = x.device.type != "cpu" or dtype == torch.bfloat16 or not memory_counts(x)
         keeps = keeps and any(ctx.needs_input_grad)
         for block in ranges_of(groups, x.shape[1]):
             projected = _first_product(_rows(source, groups, block), first, bias, groups, block)
