@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--texts", help="text files (path, folder or glob); the standard library's otherwise")
-    parser.add_argument("--rounds", default=5, type=int, help="turns of tokenising")
+    parser.add_argument("--rounds", default=9, type=int, help="turns of tokenising")
     parser.add_argument("--tokens-per-second", default=50_000, type=float, help="speed of the training loop")
     parser.add_argument("--steps", default=200, type=int, help="of that loop")
     parser.add_argument("--resume-after", default=10_000_000, type=int, help="tokens before the saved position")
