@@ -18,7 +18,7 @@ from v4train.model.documents import compression_blocks
 from v4train.optim.schedules import learning_rate
 
 LENGTH, ROWS, VALIDATION_TOKENS = 512, 2, 32768
-DENSE_STEPS, WARMUP_STEPS = 600, 100
+DENSE_STEPS, WARMUP_STEPS = 600, 400
 WARMUP_RATE = 1e-2  # peak; the dense one is the optimizer's
 # Small, and such that the entries matter: a short window, few heads with sharp attention. Two layers of two heads.
 OVERRIDES = [
