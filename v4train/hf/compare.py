@@ -11,6 +11,7 @@ Shapes: B batch, S sequence, N entries, K chosen ones, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -115,18 +116,20 @@ def _pairs(
     return list(zip(ours, theirs, strict=True))
 
 
-class _Choice:
+class _Choice(ABC):
     """One layer's: `record` hooks our module, `share` theirs, whose output is ours where it was another choice."""
 
     def __init__(self, ours: nn.Module, theirs: nn.Module) -> None:
         self.ours, self.theirs = ours, theirs
         self.total = self.alike = 0
 
+    @abstractmethod
     def record(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        raise NotImplementedError
+        """Keep what ours has chosen: a forward hook."""
 
+    @abstractmethod
     def share(self, module: nn.Module, inputs: tuple, output: Any) -> Any:
-        raise NotImplementedError
+        """Count where theirs has chosen as well; its output, with our choice elsewhere: a forward hook."""
 
     def _count(self, alike: Tensor) -> None:
         self.total += alike.numel()
