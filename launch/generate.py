@@ -4,7 +4,6 @@ Arguments are key=value, taken as they stand after the first `=`; keys, meaning 
 text streams to stdout, prompt first; a last line on stderr says how fast it was. The run's folder is only read.
 """
 
-import difflib
 import os
 import re
 import sys
@@ -23,7 +22,7 @@ from v4train.errors import ConfigError, refusing_bad_input
 from v4train.generation import GenerationConfig, generate, stream_text
 from v4train.model import Transformer
 from v4train.model.attention.cache import Cache
-from v4train.structured import structured
+from v4train.structured import key_values, structured
 from v4train.train.checkpoint import load_model
 from v4train.train.run_directory import find_checkpoint
 
@@ -90,16 +89,7 @@ def read_arguments(arguments: list[str]) -> tuple[GenerateConfig, str]:
         ConfigError: an unknown key, a value of the wrong type, or a rule broken.
     """
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(config_dir() / "generate.yaml"))
-    given = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise ConfigError("argument", argument, "it is not key=value", "quote what holds spaces, e.g. prompt='a b'")
-        if key not in values:
-            near = difflib.get_close_matches(key, values, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(values)}"
-            raise ConfigError(key, value, "unknown key", remedy)
-        given[key] = value
+    given = key_values(arguments, values, "quote what holds spaces, e.g. prompt='a b'")
     values |= given
     prompt = values.pop("prompt")  # never to OmegaConf, which would read ${...} in it
     config = structured(GenerateConfig, values, "")
@@ -149,8 +139,6 @@ if __name__ == "__main__":
     try:
         with refusing_bad_input():
             main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -9,18 +9,20 @@ size of a safetensors file, 5GB unless given. What transformers loads is compare
 weights and logits, before `out` is there.
 """
 
-import difflib
 import os
 import sys
 
 from v4train.errors import ConfigError, refusing_bad_input
+from v4train.structured import key_values
 
 DEFAULTS = {"run": "", "out": "", "dtype": "fp32", "max_shard_size": "5GB"}
 
 
 def main(arguments: list[str]) -> None:
     """Raises ConfigError."""
-    given = read_arguments(arguments)
+    given = DEFAULTS | key_values(arguments, DEFAULTS, "give run=runs/NAME out=exported/")
+    if not given["run"]:
+        raise ConfigError("run", "missing", "nothing says which model to export", "give run=runs/NAME")
     from v4train.hf.export import ExportConfig, export  # after the arguments: it takes seconds
 
     done = export(ExportConfig(**given))
@@ -31,28 +33,8 @@ def main(arguments: list[str]) -> None:
     print(f"{given['out']}: {done.files} safetensors file{'s' * (done.files > 1)}, {done.bytes / 1e6:,.1f} MB")
 
 
-def read_arguments(arguments: list[str]) -> dict[str, str]:
-    """Values by key. Raises ConfigError."""
-    given = dict(DEFAULTS)
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise ConfigError("argument", argument, "it is not key=value", "give run=runs/NAME out=exported/")
-        if key not in DEFAULTS:
-            near = difflib.get_close_matches(key, DEFAULTS, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(DEFAULTS)}"
-            raise ConfigError(key, value, "unknown key", remedy)
-        given[key] = value
-    if not given["run"]:
-        raise ConfigError("run", "missing", "nothing says which model to export", "give run=runs/NAME")
-    return given
-
-
 if __name__ == "__main__":
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
-    try:
-        with refusing_bad_input():
-            main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with refusing_bad_input():
+        main(sys.argv[1:])

@@ -39,8 +39,5 @@ def split(arguments: list[str]) -> tuple[str, str, list[str]]:
 if __name__ == "__main__":
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
-    try:
-        with refusing_bad_input():
-            main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with refusing_bad_input():
+        main(sys.argv[1:])

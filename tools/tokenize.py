@@ -117,9 +117,9 @@ class Display:
 if __name__ == "__main__":
     from v4train.errors import refusing_bad_input
 
-    try:
-        with refusing_bad_input():
+    with refusing_bad_input():
+        try:
             main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last whole shard", file=sys.stderr)
-        sys.exit(130)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on after the last whole shard", file=sys.stderr)
+            raise

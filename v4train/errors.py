@@ -22,9 +22,11 @@ class ConfigError(ValueError):
 
 @contextmanager
 def refusing_bad_input() -> Iterator[None]:
-    """Around a program: a ConfigError becomes its one line, and exit code 2."""
+    """Around a program: a ConfigError becomes its one line, and exit code 2; Ctrl-C ends it quietly with 130."""
     try:
         yield
     except ConfigError as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

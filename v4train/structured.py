@@ -1,6 +1,7 @@
 """From a Hydra node to a typed dataclass, with one clear line for an unknown key or a wrong type."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -32,6 +33,25 @@ def structured(kind: type[T], node: DictConfig | dict, prefix: str) -> T:
         rule = str(error.msg or error).splitlines()[0].rstrip(".")
         remedy = "give a value of that type" if key else "see conf/ for the keys"
         raise ConfigError(_join(prefix, key), _look_up(values, key), rule, remedy) from error
+
+
+def key_values(arguments: Iterable[str], known: Iterable[str], example: str) -> dict[str, str]:
+    """Values by key of a program's key=value arguments.
+
+    Raises:
+        ConfigError: one that isn't (the remedy is `example`), or a key that isn't among `known` (with the nearest).
+    """
+    given, known = {}, list(known)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ConfigError("argument", argument, "it is not key=value", example)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(key, value, "unknown key", remedy)
+        given[key] = value
+    return given
 
 
 def _check_keys(kind: type, values: dict[str, Any], prefix: str) -> None:
