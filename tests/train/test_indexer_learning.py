@@ -1,7 +1,9 @@
 """The lightning indexer learns on real text: after a warm-up alone it finds what the dense attention looks at.
 
 V4's order (V4 report 4.2.2), in plain PyTorch on the embedded corpus: dense training, warm-up of the indexer alone,
-sparse evaluation on held-out text. `python -m tests.train.test_indexer_learning` prints how it goes; 100 s on one core.
+sparse evaluation on held-out text. `python -m tests.train.test_indexer_learning` prints how it goes; 70 s on one core.
+Seed 1, which is tested, has the widest gap of sparse and dense loss: 0.0181, and 0.0015 to 0.0074 with seeds 2 to 5
+(0.010 to 0.044 with an untrained indexer); recall is 0.51 to 0.58, of a random choice 0.31.
 """
 
 import sys
