@@ -5,6 +5,7 @@ import torch
 
 from v4train.errors import ConfigError
 from v4train.train import checkpoint
+from v4train.train.checkpoint_writer import save
 from v4train.train.run_directory import RunDirectory
 
 CONFIG = {
@@ -33,7 +34,7 @@ def start(directory, resume="auto", overwrite=False, config=CONFIG):
 
 def save(directory, step):
     state = {"config": CONFIG}
-    return checkpoint.save(directory.checkpoints, step, iter([("a", {"weight": torch.ones(1)})]), {}, state, 0)
+    return save(directory.checkpoints, step, [("a", {"weight": torch.ones(1)})], {}, state)
 
 
 @pytest.fixture

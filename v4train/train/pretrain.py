@@ -26,6 +26,7 @@ from v4train.train.plots import loss_plot
 from v4train.train.progress import setup_logging, start_table
 from v4train.train.run_directory import RunDirectory
 from v4train.train.sample import generate
+from v4train.train.signals import REQUEUE
 from v4train.train.tracking import Tracker
 from v4train.train.trainer import Trainer
 
@@ -50,8 +51,11 @@ def run(settings: Settings) -> dict[str, float]:
 
     Raises:
         ConfigError: the run directory holds another experiment, or must not be touched.
+        SystemExit: with code REQUEUE after a signal or `train.max_minutes`, when all is saved.
     """
     started = time.perf_counter()
+    minutes = settings.train.max_minutes
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     directory = RunDirectory(settings.run.dir)
     start = _agree_on_start(directory, settings)
     setup_logging(directory.path, settings.topology.rank)
@@ -64,7 +68,7 @@ def run(settings: Settings) -> dict[str, float]:
             directory.path,
         )
         return reader.manifest["state"]["validation"]
-    trainer = _make_trainer(settings, directory, reader)
+    trainer = _make_trainer(settings, directory, reader, deadline)
     _show_start(trainer, start, time.perf_counter() - started)
     trainer.fit()
     return _finish(trainer)
@@ -89,7 +93,9 @@ def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:
     return answer[0]
 
 
-def _make_trainer(settings: Settings, directory: RunDirectory, reader: checkpoint.Reader | None) -> Trainer:
+def _make_trainer(
+    settings: Settings, directory: RunDirectory, reader: checkpoint.Reader | None, deadline: float | None
+) -> Trainer:
     topology, train = settings.topology, settings.train
     if topology.device.type == "cpu":
         keep_freed_memory()
@@ -122,7 +128,7 @@ def _make_trainer(settings: Settings, directory: RunDirectory, reader: checkpoin
     run_id = reader.manifest["state"]["wandb_id"] if continues else None
     tracker = Tracker(settings.tracking, directory.path, settings.run.name, settings.resolved, run_id)
     peak = matmul_peak(topology.device, settings.precision) * topology.world_size
-    trainer = Trainer(settings, model, engine, corpus, tokenizer, directory, tracker, peak)
+    trainer = Trainer(settings, model, engine, corpus, tokenizer, directory, tracker, peak, deadline)
     if reader:
         trainer.restore(reader)
     elif trainer.metrics is not None:
@@ -177,6 +183,8 @@ def _finish(trainer: Trainer) -> dict[str, float]:
     """Sample, plot, summary and the closing lines, unless the run only paused; returns the final figures."""
     if trainer.step < trainer.train.total_steps and not trainer.dry:
         trainer.tracker.finish()
+        if trainer.interrupted:
+            raise SystemExit(REQUEUE)
         return trainer.validation
     text = _sample(trainer)
     summary = {

@@ -1,0 +1,109 @@
+"""A disk that is full, or a folder that is gone: the run says so, trains on, and saves once it can again."""
+
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from tests.faults.lives import Life, overrides
+from tests.runs import checkpoint_digests, losses
+from v4train.train import checkpoint, trainer
+from v4train.train.metrics import read_metrics
+
+pytestmark = pytest.mark.faults
+
+FAST = ("train.max_steps=60", "checkpoint.keep=1")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = tmp_path_factory.mktemp("disk")
+    life = Life(overrides(base, "whole", *FAST), base / "whole.log")
+    assert life.end() == 0, life.log.read_text()
+    return base
+
+
+@pytest.fixture
+def small_disk(base):
+    """A file system with room for less than two checkpoints."""
+    size = sum(file.stat().st_size for file in (base / "whole" / "checkpoints").rglob("*") if file.is_file())
+    mount = base / "small"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 5 // 2}", "tmpfs", str(mount)], check=True)
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def retry_soon():
+    trainer.RETRY_SECONDS = 0.2
+
+
+def step_of(base, name):
+    try:
+        return read_metrics(base / name / "metrics.jsonl")[-1]["step"]
+    except (FileNotFoundError, IndexError):
+        return 0
+
+
+def wait_for(life, ready):
+    end = time.monotonic() + 60
+    while not ready() and time.monotonic() < end:
+        assert life.process.is_alive(), life.log.read_text()[-3000:]
+        time.sleep(0.005)
+    assert ready(), life.log.read_text()[-3000:]
+
+
+def test_a_full_disk(base, small_disk):
+    name, log = "full", base / "full.log"
+    arguments = [
+        f"run.dir={small_disk / name}" if a.startswith("run.dir=") else a for a in overrides(base, name, *FAST)
+    ]
+    folder = small_disk / name / "checkpoints"
+    life = Life(arguments, log, retry_soon)
+    wait_for(life, lambda: checkpoint.newest(folder) is not None)
+    room = os.statvfs(small_disk)
+    with (small_disk / "filler").open("wb") as filler:  # another program's
+        try:
+            while True:
+                filler.write(bytes(4096))
+                filler.flush()
+        except OSError:
+            pass
+    assert room.f_bavail > 0
+    wait_for(life, lambda: "can't be written" in log.read_text())
+    assert checkpoint.newest(folder) is not None  # what was saved is whole
+    (small_disk / "filler").unlink()
+    assert life.end() == 0, log.read_text()[-3000:]
+    expected = losses(base, "whole")
+    assert losses(small_disk, name) == expected
+    assert checkpoint_digests(small_disk, name, 60) == checkpoint_digests(base, "whole", 60)
+
+
+def test_a_folder_that_vanishes(base):
+    name, log = "vanished", base / "vanished.log"
+    life = Life(overrides(base, name, *FAST), log, retry_soon)
+    wait_for(life, lambda: step_of(base, name) >= 10)
+    shutil.rmtree(base / name / "checkpoints", ignore_errors=True)
+    assert life.end() == 0, log.read_text()[-3000:]
+    assert losses(base, name) == losses(base, "whole")
+    assert checkpoint_digests(base, name, 60) == checkpoint_digests(base, "whole", 60)
+
+
+def test_a_folder_that_can_not_be_written_to_the_end(base):
+    """The run ends with one line and another code than success, with the checkpoint before as it was."""
+    name, log = "in_the_way", base / "in_the_way.log"
+    life = Life(overrides(base, name, *FAST), log, give_up_soon)
+    wait_for(life, lambda: step_of(base, name) >= 5)
+    kept = base / name / "kept"
+    os.rename(base / name / "checkpoints", kept)
+    (base / name / "checkpoints").write_text("in the way")
+    assert life.end() == 1
+    assert log.read_text().count("error: checkpoint") == 1
+    assert any(checkpoint.damage(path) is None for path in kept.glob("step_*"))
+
+
+def give_up_soon():
+    retry_soon()
+    trainer.FINAL_PAUSES = (0, 0.1)

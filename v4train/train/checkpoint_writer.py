@@ -1,0 +1,176 @@
+"""Checkpoints are written while training goes on: a step's state is copied in memory, and a thread writes the copy.
+
+The threads of several ranks may call no collectives, which the training does meanwhile. They meet in the checkpoint's
+temporary folder: each rank leaves its files there and, last, `rank-00003.json` with their checksums. The thread of rank
+0 waits for all of these, writes the manifest and gives the folder its name.
+"""
+
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from v4train import durable
+from v4train.train.checkpoint import BUFFERS, FORMAT, MANIFEST, manifest_bytes, prune
+
+POLL = 0.02  # seconds between looks for the other ranks' files
+
+Parameters = Iterable[tuple[str, dict[str, Tensor]]]
+
+
+class CheckpointWriter:
+    """Writes checkpoints into a folder, one at a time. Every rank has one and calls its methods at the same steps."""
+
+    def __init__(self, folder: Path, keep: int = 0, keep_every: int = 0, stages: int = 1) -> None:
+        """Collective.
+
+        Args:
+            keep, keep_every: which ones stay (`prune`).
+            stages: the pipeline's, equally many consecutive ranks each, which have different tensors.
+        """
+        self._folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._writers = self._world // stages
+        self._process = _gathered(uuid.uuid4().hex[:8])[0]  # so that nobody takes a killed one's files for new ones
+        self._attempts = 0
+        self._attempt: _Attempt | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write its part: to be agreed on, and then `settle` to be called by all."""
+        return self._attempt is not None and self._attempt.problem is not None
+
+    def start(self, step: int, parameters: Parameters, buffers: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Copy a step's state and begin to write it. Collective; only after `settle`.
+
+        Args:
+            parameters: (canonical name, whole CPU tensors by state name), the same sequence on every rank of a stage.
+            buffers: whole CPU tensors by canonical name, equal on every rank of a stage.
+            state: JSON-able state of the trainer; rank 0's is written.
+        """
+        files: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for index, (name, tensors) in enumerate(parameters):
+            if index % self._writers == self._rank % self._writers:
+                for kind, tensor in tensors.items():
+                    files[f"{kind}-{self._rank:05d}"][name] = tensor.contiguous()
+        if self._rank % self._writers == 0:
+            files[f"{BUFFERS}-{self._rank:05d}"] = {name: tensor.clone() for name, tensor in buffers.items()}
+        self._attempts += 1
+        final = self._folder / f"step_{step:08d}"
+        temporary = self._folder / f".{final.name}-{self._process}-{self._attempts}"
+        manifest = {"format": FORMAT, "step": step, "world_size": self._world, "state": json.loads(json.dumps(state))}
+        self._attempt = _Attempt(temporary, final, files, manifest, self._rank, self._keep, self._keep_every)
+
+    def settle(self) -> str | None:
+        """Wait for what was begun; why it failed, on every rank, or None. Collective."""
+        if self._attempt is None:
+            return None
+        self._attempt.written.wait()
+        problem = next(filter(None, _gathered(self._attempt.problem)), None)
+        if problem:
+            self._attempt.abandoned.set()
+        self._attempt.thread.join()
+        # Only rank 0 knows how it ended
+        problem = problem or _gathered(self._attempt.problem)[0]
+        self._attempt = None
+        return problem
+
+
+class _Attempt:
+    """One rank's part of writing one checkpoint."""
+
+    def __init__(
+        self,
+        temporary: Path,
+        final: Path,
+        files: dict[str, dict[str, Tensor]],
+        manifest: dict[str, Any],
+        rank: int,
+        keep: int,
+        keep_every: int,
+    ) -> None:
+        self._temporary, self._final, self._files, self._manifest = temporary, final, files, manifest
+        self._rank, self._keep, self._keep_every = rank, keep, keep_every
+        self.problem: str | None = None
+        self.written, self.abandoned = threading.Event(), threading.Event()  # this rank's part; the whole
+        self.thread = threading.Thread(target=self._run, name="v4train-checkpoint", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._write()
+            self.written.set()
+            if self._rank == 0:
+                self._complete()
+        except Exception as error:  # safetensors has a class of its own for a full disk
+            self.problem = f"rank {self._rank}: {' '.join(str(error).split())}"
+        finally:
+            self._files.clear()
+            self.written.set()
+            if self._rank == 0:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _write(self) -> None:
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        digests = {}
+        for stem in list(self._files):
+            path = self._temporary / f"{stem}.safetensors"
+            save_file(self._files.pop(stem), path)
+            digests[path.name] = durable.sync_file(path)
+        durable.replace(self._temporary / _part(self._rank), json.dumps(digests).encode())
+
+    def _complete(self) -> None:
+        parts = [self._temporary / _part(rank) for rank in range(self._manifest["world_size"])]
+        while not all(part.exists() for part in parts):
+            if self.abandoned.wait(POLL):
+                return
+        digests: dict[str, str] = {}
+        for part in parts:
+            digests |= json.loads(part.read_bytes())
+            part.unlink()
+        manifest = self._manifest | {"files": digests}
+        durable.replace(self._temporary / MANIFEST, manifest_bytes(manifest))
+        replaced = self._temporary.with_name(f"{self._temporary.name}-replaced")
+        if self._final.exists():  # of the same step: this run went back before it
+            os.rename(self._final, replaced)
+        os.rename(self._temporary, self._final)
+        durable.sync_folder(self._final.parent)
+        prune(self._final.parent, self._manifest["step"], self._keep, self._keep_every)
+
+
+def save(
+    folder: Path,
+    step: int,
+    parameters: Parameters,
+    buffers: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int = 0,
+) -> Path:
+    """Write one checkpoint and wait for it; returns its folder. Collective. Raises OSError where it can't be written."""
+    writer = CheckpointWriter(folder, keep)
+    writer.start(step, parameters, buffers, state)
+    if problem := writer.settle():
+        raise OSError(problem)
+    return folder / f"step_{step:08d}"
+
+
+def _part(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Every rank's value, by rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
