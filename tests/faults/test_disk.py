@@ -57,9 +57,7 @@ def wait_for(life, ready):
 
 def test_a_full_disk(base, small_disk):
     name, log = "full", base / "full.log"
-    arguments = [
-        f"run.dir={small_disk / name}" if a.startswith("run.dir=") else a for a in overrides(base, name, *FAST)
-    ]
+    arguments = [*overrides(base, name, *FAST), f"run.dir={small_disk / name}"]
     folder = small_disk / name / "checkpoints"
     life = Life(arguments, log, retry_soon)
     wait_for(life, lambda: checkpoint.newest(folder) is not None)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from v4train.errors import ConfigError
-from v4train.train import checkpoint
-from v4train.train.checkpoint_writer import save
+from v4train.train import checkpoint, checkpoint_writer
 from v4train.train.run_directory import RunDirectory
 
 CONFIG = {
@@ -34,7 +33,7 @@ def start(directory, resume="auto", overwrite=False, config=CONFIG):
 
 def save(directory, step):
     state = {"config": CONFIG}
-    return save(directory.checkpoints, step, [("a", {"weight": torch.ones(1)})], {}, state)
+    return checkpoint_writer.save(directory.checkpoints, step, [("a", {"weight": torch.ones(1)})], {}, state)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@
         exp_avg-00000.safetensors   and so on: one file for each optimizer state and writing rank
         buffers-00000.safetensors   router biases and hash tables, one file for each pipeline stage
 
-Each rank writes the tensors that fall to it (checkpoint_writer.py); names and shapes do not depend on the layout, so any
-number of ranks can read them, of which each one's pages are only read where it takes a part of a tensor.
+Each rank writes the tensors that fall to it (checkpoint_writer.py). Names and shapes do not depend on the layout, so
+any number of ranks can read them; files are mapped, and a rank reads what it takes of a tensor.
 """
 
 import hashlib

@@ -155,7 +155,7 @@ def save(
     state: dict[str, Any],
     keep: int = 0,
 ) -> Path:
-    """Write one checkpoint and wait for it; returns its folder. Collective. Raises OSError where it can't be written."""
+    """Write one checkpoint and wait for it; returns its folder. Collective. Raises OSError where it can't."""
     writer = CheckpointWriter(folder, keep)
     writer.start(step, parameters, buffers, state)
     if problem := writer.settle():

@@ -24,8 +24,8 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class MetricsFile:
     """Appends records to a file, each one safe on disk's side of the process before `write` returns.
 
-    Where the file can't be written (a full disk, a folder that is gone) records wait in memory for the next one, and the
-    log says so.
+    Where the file can't be written (a full disk, a folder that is gone) records wait in memory for the next one, and
+    the log says so.
 
     Args:
         path: the file; its folder is created. An existing file is continued: on resume call `truncate_after` first.
