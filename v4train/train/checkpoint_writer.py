@@ -49,6 +49,11 @@ class CheckpointWriter:
         """Whether this rank could not write its part: to be agreed on, and then `settle` to be called by all."""
         return self._attempt is not None and self._attempt.problem is not None
 
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is writing."""
+        return self._attempt is not None and self._attempt.thread.is_alive()
+
     def start(self, step: int, parameters: Parameters, buffers: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Copy a step's state and begin to write it. Collective; only after `settle`.
 

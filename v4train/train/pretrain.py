@@ -68,7 +68,7 @@ def run(settings: Settings) -> dict[str, float]:
             directory.path,
         )
         return reader.manifest["state"]["validation"]
-    trainer = _make_trainer(settings, directory, reader, deadline)
+    trainer = make_trainer(settings, directory, reader, deadline)
     _show_start(trainer, start, time.perf_counter() - started)
     trainer.fit()
     return _finish(trainer)
@@ -93,7 +93,7 @@ def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:
     return answer[0]
 
 
-def _make_trainer(
+def make_trainer(
     settings: Settings, directory: RunDirectory, reader: checkpoint.Reader | None, deadline: float | None
 ) -> Trainer:
     topology, train = settings.topology, settings.train
