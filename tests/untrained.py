@@ -8,7 +8,7 @@ from tests.models import random_model
 from tests.runs import corpus, tiny
 from v4train.config import load, settings
 from v4train.data import train_tokenizer
-from v4train.train import checkpoint
+from v4train.train import checkpoint_writer
 from v4train.train.run_directory import RunDirectory
 
 PLAIN = ["model/residual=plain", "model.mtp.num_layers=0", "model.moe.num_hash_layers=0"]
@@ -37,5 +37,5 @@ def untrained_run(base: Path, name: str, *overrides: str, step: int = 7) -> Path
         "config": checked.resolved,
     }
     weights = ((name, {"weight": parameter.detach()}) for name, parameter in model.named_parameters())
-    checkpoint.save(directory.checkpoints, step, weights, dict(model.named_buffers()), state, keep=0)
+    checkpoint_writer.save(directory.checkpoints, step, weights, dict(model.named_buffers()), state)
     return directory.path

@@ -4,8 +4,8 @@
     python tools/benchmark_checkpoint.py model=dense_small optimizer=adamw rounds=10
 
 In turns: a checkpoint that training waits for (`waited`), and one that is written while it goes on, of which training
-waits for the copy alone (`stall`). `share` is the median of their ratio within a turn; `slower` how much longer the steps
-take that run beside the writing. Everything but `rounds` is an override of conf/.
+waits for the copy alone (`stall`). `share` is the median of their ratio within a turn; `slower` how much longer steps
+take beside the writing. Everything but `rounds` is an override of conf/.
 """
 
 import json

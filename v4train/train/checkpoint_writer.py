@@ -55,10 +55,11 @@ class CheckpointWriter:
         return self._attempt is not None and self._attempt.thread.is_alive()
 
     def start(self, step: int, parameters: Parameters, buffers: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Copy a step's state and begin to write it. Collective; only after `settle`.
+        """Take a step's state and begin to write it. Collective; only after `settle`.
 
         Args:
-            parameters: (canonical name, whole CPU tensors by state name), the same sequence on every rank of a stage.
+            parameters: (canonical name, whole CPU tensors by state name), the same sequence on every rank of a stage;
+                nobody changes the tensors afterwards.
             buffers: whole CPU tensors by canonical name, equal on every rank of a stage.
             state: JSON-able state of the trainer; rank 0's is written.
         """
