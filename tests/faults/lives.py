@@ -13,12 +13,12 @@ from pathlib import Path
 from tests.runs import tiny
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.faults.lives", "v4train.train.pretrain"])
-STEPS, LIMIT = 40, 120  # steps of a whole run; seconds that a life may take
+CONTEXT.set_forkserver_preload(["tests.faults.warm"])
+LIMIT = 120  # seconds that a life may take
 
 
 def overrides(base: Path, name: str, *more: str) -> list[str]:
-    return tiny(base, name, f"train.max_steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=3", *more)
+    return tiny(base, name, "checkpoint.every=1", "checkpoint.keep=3", *more)
 
 
 def live(arguments: list[str], log: Path, before: Callable[[], None] | None = None) -> None:

@@ -85,7 +85,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = json.loads((path / MANIFEST).read_bytes())
     if manifest["format"] not in (1, FORMAT):
         raise ValueError(f"checkpoint format {manifest['format']}, this version reads 1 and {FORMAT}")
-    if manifest["format"] != 1 and manifest.pop("sha256") != _digest(manifest):
+    digest = manifest.pop("sha256", None)
+    if digest != (None if manifest["format"] == 1 else _digest(manifest)):
         raise ValueError("the manifest does not match its checksum")
     return manifest
 
@@ -114,6 +115,10 @@ class Reader:
                 file = safe_open(path / file_name, framework="pt")
                 for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                     self._where[name][kind] = file
+
+    def close(self) -> None:
+        """Let go of the files; the manifest stays."""
+        self._where.clear()
 
     def parameter(self, name: str) -> dict[str, Tensor]:
         """Whole CPU tensors of a parameter by state name (`weight`, `exp_avg`, ...)."""
@@ -144,16 +149,22 @@ def load_model(path: Path) -> Transformer:
 
 
 def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
-    """Leave the `keep` newest up to `step`; what lies beyond is a future that a damaged checkpoint cut off.
+    """Leave the `keep` newest up to `step`, and for good those whose step is a multiple of `keep_every`.
 
-    And for good those whose step is a multiple of `keep_every`.
+    What lies beyond is a future that a damaged checkpoint cut off: it goes too, where it is damaged.
     """
-    paths = sorted(folder.glob("step_*"), key=_step)
-    abandoned = [path for path in paths if _step(path) > step]
-    present = paths[: len(paths) - len(abandoned)]
+    paths = sorted((path for path in folder.glob("step_*") if _step(path) >= 0), key=_step)
+    later = [path for path in paths if _step(path) > step]
+    present = paths[: len(paths) - len(later)]
     old = present[: max(0, len(present) - keep)] if keep else []
     old = [path for path in old if not (keep_every and _step(path) % keep_every == 0)]
-    for path in [*abandoned, *old, *folder.glob(".step_*")]:
+    for path in [*(path for path in later if damage(path)), *old]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What killed and failed attempts have left. Only where nobody writes."""
+    for path in folder.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from v4train import durable
-from v4train.train.checkpoint import BUFFERS, FORMAT, MANIFEST, manifest_bytes, prune
+from v4train.train.checkpoint import BUFFERS, FORMAT, MANIFEST, manifest_bytes, prune, remove_leftovers
 
 POLL = 0.02  # seconds between looks for the other ranks' files
+LATE = 20.0  # seconds after which a file that another rank has written must be seen
 
 Parameters = Iterable[tuple[str, dict[str, Tensor]]]
 
@@ -41,6 +42,8 @@ class CheckpointWriter:
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._writers = self._world // stages
         self._process = _gathered(uuid.uuid4().hex[:8])[0]  # so that nobody takes a killed one's files for new ones
+        if self._rank == 0:
+            remove_leftovers(folder)  # or they would take room for ever where there is too little for the next one
         self._attempts = 0
         self._attempt: _Attempt | None = None
 
@@ -80,15 +83,21 @@ class CheckpointWriter:
         """Wait for what was begun; why it failed, on every rank, or None. Collective."""
         if self._attempt is None:
             return None
-        self._attempt.written.wait()
-        problem = next(filter(None, _gathered(self._attempt.problem)), None)
-        if problem:
-            self._attempt.abandoned.set()
-        self._attempt.thread.join()
-        # Only rank 0 knows how it ended
-        problem = problem or _gathered(self._attempt.problem)[0]
-        self._attempt = None
+        attempt, self._attempt = self._attempt, None
+        attempt.written.wait()
+        problem = next(filter(None, _gathered(attempt.problem)), None)
+        (attempt.abandoned if problem else attempt.all_written).set()
+        attempt.thread.join()
+        ended = _gathered(attempt.problem)[0]  # only rank 0 knows, when all have written
+        problem = problem or ended
+        if problem and self._rank == 0:
+            remove_leftovers(self._folder)
         return problem
+
+    def join(self, seconds: float) -> None:
+        """Where the process must end and nothing can be agreed on: give what is being written that much time."""
+        if self._attempt is not None:
+            self._attempt.thread.join(seconds)
 
 
 class _Attempt:
@@ -107,7 +116,7 @@ class _Attempt:
         self._temporary, self._final, self._files, self._manifest = temporary, final, files, manifest
         self._rank, self._keep, self._keep_every = rank, keep, keep_every
         self.problem: str | None = None
-        self.written, self.abandoned = threading.Event(), threading.Event()  # this rank's part; the whole
+        self.written, self.all_written, self.abandoned = (threading.Event() for _ in range(3))
         self.thread = threading.Thread(target=self._run, name="v4train-checkpoint", daemon=True)
         self.thread.start()
 
@@ -117,7 +126,7 @@ class _Attempt:
             self.written.set()
             if self._rank == 0:
                 self._complete()
-        except Exception as error:  # safetensors has a class of its own for a full disk
+        except BaseException as error:  # safetensors has classes of its own; others would wait for ever
             self.problem = f"rank {self._rank}: {' '.join(str(error).split())}"
         finally:
             self._files.clear()
@@ -136,15 +145,23 @@ class _Attempt:
 
     def _complete(self) -> None:
         parts = [self._temporary / _part(rank) for rank in range(self._manifest["world_size"])]
+        late = None
         while not all(part.exists() for part in parts):
             if self.abandoned.wait(POLL):
                 return
+            if self.all_written.is_set():
+                late = late or time.monotonic() + LATE
+                if time.monotonic() > late:
+                    raise OSError("what other ranks have written can't be seen: is it one file system for all?")
         digests: dict[str, str] = {}
         for part in parts:
             digests |= json.loads(part.read_bytes())
             part.unlink()
         manifest = self._manifest | {"files": digests}
         durable.replace(self._temporary / MANIFEST, manifest_bytes(manifest))
+        there = {path.name for path in self._temporary.iterdir()}
+        if there != {*digests, MANIFEST}:
+            raise OSError(f"files have vanished: {', '.join(sorted({*digests, MANIFEST} ^ there))}")
         replaced = self._temporary.with_name(f"{self._temporary.name}-replaced")
         if self._final.exists():  # of the same step: this run went back before it
             os.rename(self._final, replaced)

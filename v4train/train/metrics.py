@@ -4,6 +4,7 @@ JSON has no NaN and no infinity, and a diverged loss is worth keeping, so these 
 and "-inf". `read_metrics` turns them back into floats; elsewhere `float(value)` does.
 """
 
+import errno
 import json
 import logging
 import math
@@ -32,7 +33,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self._waiting = Path(path), b""
+        self.path, self._waiting, self._warned = Path(path), b"", False
         self._open()
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -43,19 +44,27 @@ class MetricsFile:
         """
         if "step" not in record:
             raise KeyError("a metrics record needs the key 'step'")
-        first_to_wait, line = not self._waiting, _to_json(record).encode() + b"\n"
-        self._waiting += line
+        self._waiting += _to_json(record).encode() + b"\n"
+        self.flush()  # a killed process loses no line (a power cut may: that is not worth an fsync every step)
+
+    def flush(self) -> bool:
+        """Write what waits; whether nothing waits any more."""
+        if not self._waiting:
+            return True
         try:
             if self._file is None or not self.path.exists():
                 self._open()
-            self._file.write(self._waiting)  # a killed process loses no line (a power cut may: not worth an fsync)
+            if self._file.write(self._waiting) < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._drop_torn_line()
-            if first_to_wait:
+            if not self._warned:
                 what = error.strerror or error
                 logger.warning("%s can't be written (%s): its lines wait in memory, training goes on", self.path, what)
-        else:
-            self._size, self._waiting = self._size + len(self._waiting), b""
+            self._warned = True
+            return False
+        self._size, self._waiting, self._warned = self._size + len(self._waiting), b"", False
+        return True
 
     def truncate_after(self, step: int) -> None:
         """Keep the lines whose step is at most `step`, in order; drop the rest and whatever is no complete record.
@@ -80,7 +89,8 @@ class MetricsFile:
         """The disk has taken a part: the whole comes again."""
         self.close()
         with suppress(OSError):
-            os.truncate(self.path, self._size)
+            if self.path.stat().st_size > self._size:
+                os.truncate(self.path, self._size)
 
     def __enter__(self) -> "MetricsFile":
         return self

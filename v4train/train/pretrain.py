@@ -20,6 +20,7 @@ from v4train.parallel.pipeline import PipelineEngine
 from v4train.parallel.topology import start_distributed, stop_distributed
 from v4train.train import checkpoint
 from v4train.train.allocator import keep_freed_memory
+from v4train.train.distributed import gathered
 from v4train.train.lost_ranks import give_up, is_lost_peer
 from v4train.train.metrics import read_metrics, write_summary
 from v4train.train.plots import loss_plot
@@ -131,6 +132,7 @@ def make_trainer(
     trainer = Trainer(settings, model, engine, corpus, tokenizer, directory, tracker, peak, deadline)
     if reader:
         trainer.restore(reader)
+        reader.close()  # what it has mapped takes room on the disk, removed or not
     elif trainer.metrics is not None:
         trainer.metrics.truncate_after(0)  # what a run killed before its first checkpoint left
     return trainer
@@ -184,6 +186,7 @@ def _finish(trainer: Trainer) -> dict[str, float]:
     if trainer.step < trainer.train.total_steps and not trainer.dry:
         trainer.tracker.finish()
         if trainer.interrupted:
+            gathered(None)  # rank 0 has done its last: torchrun ends all ranks with the first
             raise SystemExit(REQUEUE)
         return trainer.validation
     text = _sample(trainer)

@@ -5,6 +5,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ from v4train.train.metrics import MetricsFile
 from v4train.train.profiler import StepProfiler
 from v4train.train.progress import Progress
 from v4train.train.run_directory import RunDirectory
-from v4train.train.signals import StopRequest
+from v4train.train.signals import REQUEUE, StopRequest
 from v4train.train.tracking import Tracker
 
 RETRY_SECONDS = 30  # until a checkpoint that couldn't be written is tried again, if none is due before
@@ -119,7 +121,7 @@ class Trainer:
         """Train to `last_step`, or to the step edge after a signal; then validate and save."""
         validated, saved = self.validation.get("step"), self.restored_step
         progress = Progress(self.train.total_steps, self.step, self.topology.rank)
-        with progress, StopRequest(self.deadline) as stop, self.profiler:
+        with progress, StopRequest(self.deadline) as stop, self.profiler, self._finishing_writes():
             while self.step < self.last_step and not self.interrupted:
                 with self.profiler.step(self.step + 1):
                     record = self.train_step(stop)
@@ -319,6 +321,9 @@ class Trainer:
         }
         own = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers() if not buffer.is_meta}
         self.writer.start(self.step, self.engine.named_state(), own, state)
+        self._retry_at = math.inf
+        if self.metrics is not None:
+            self.metrics.flush()
 
     def save_and_wait(self, saved: int | None) -> Path:
         """Have a checkpoint of this step, which may be begun (`saved`), on disk: tried again for half a minute.
@@ -333,23 +338,37 @@ class Trainer:
             self.save()
             problem = self._settle()
         path = self.directory.checkpoints / f"step_{self.step:08d}"
-        if problem is not None and self.topology.rank:
-            raise SystemExit(1)
         if problem is not None:
-            raise SystemExit(
-                f"error: checkpoint {path} can't be written ({problem}): the run ends without it; make room, and the "
-                "same command continues from the last one"
-            )
+            if self.topology.rank == 0:
+                print(
+                    f"error: checkpoint {path} can't be written ({problem}): the run ends without it; make room, and "
+                    "the same command continues from the last one",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            gathered(None)  # not before that is said: torchrun ends all ranks with the first
+            raise SystemExit(REQUEUE if self.interrupted else 1)
         return path
+
+    @contextmanager
+    def _finishing_writes(self) -> Iterator[None]:
+        """Where training ends with an error, the checkpoint that is being written is still worth having."""
+        try:
+            yield
+        except ConfigError:  # every rank's
+            self._settle()
+            raise
+        except BaseException:
+            self.writer.join(FINAL_PAUSES[-1])
+            raise
 
     def _settle(self) -> str | None:
         """Wait for the checkpoint that is being written; if it failed say so, and why. Every rank must call it."""
         problem = self.writer.settle()
         if problem is not None:
             self._retry_at = time.monotonic() + RETRY_SECONDS
-            logger.warning("a checkpoint can't be written (%s): training goes on, and it is tried again", problem)
-        else:
-            self._retry_at = math.inf
+            if self.topology.rank == 0:
+                logger.warning("a checkpoint can't be written (%s): it is tried again", problem)
         return problem
 
     def restore(self, reader: checkpoint.Reader) -> None:
