@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -27,11 +29,11 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def small_disk(base):
-    """A file system with room for less than two checkpoints."""
+    """A file system with room for some checkpoints, and little more."""
     size = sum(file.stat().st_size for file in (base / "whole" / "checkpoints").rglob("*") if file.is_file())
     mount = base / "small"
     mount.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 5 // 2}", "tmpfs", str(mount)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 4}", "tmpfs", str(mount)], check=True)
     yield mount
     subprocess.run(["umount", "-l", str(mount)], check=True)
 
@@ -57,25 +59,22 @@ def wait_for(life, ready):
 
 def test_a_full_disk(base, small_disk):
     name, log = "full", base / "full.log"
-    arguments = [*overrides(base, name, *FAST), f"run.dir={small_disk / name}"]
-    folder = small_disk / name / "checkpoints"
-    life = Life(arguments, log, retry_soon)
+    folder, filler = small_disk / name / "checkpoints", small_disk / "filler"
+    life = Life([*overrides(base, name, *FAST), f"run.dir={small_disk / name}"], log, retry_soon)
     wait_for(life, lambda: checkpoint.newest(folder) is not None)
-    room = os.statvfs(small_disk)
-    with (small_disk / "filler").open("wb") as filler:  # another program's
-        try:
-            while True:
-                filler.write(bytes(4096))
-                filler.flush()
-        except OSError:
-            pass
-    assert room.f_bavail > 0
-    wait_for(life, lambda: "can't be written" in log.read_text())
-    assert checkpoint.newest(folder) is not None  # what was saved is whole
-    (small_disk / "filler").unlink()
+
+    def refused():
+        """Another program takes whatever room there is, until a checkpoint has none."""
+        with suppress(OSError), filler.open("ab", buffering=0) as file:
+            while file.write(bytes(65536)):
+                pass
+        return "a checkpoint can't be written" in log.read_text()
+
+    wait_for(life, refused)
+    wait_for(life, lambda: checkpoint.newest(folder) is not None)  # what was saved is whole
+    filler.unlink()
     assert life.end() == 0, log.read_text()[-3000:]
-    expected = losses(base, "whole")
-    assert losses(small_disk, name) == expected
+    assert losses(small_disk, name) == losses(base, "whole")
     assert checkpoint_digests(small_disk, name, 60) == checkpoint_digests(base, "whole", 60)
 
 
@@ -95,8 +94,10 @@ def test_a_folder_that_can_not_be_written_to_the_end(base):
     life = Life(overrides(base, name, *FAST), log, give_up_soon)
     wait_for(life, lambda: step_of(base, name) >= 5)
     kept = base / name / "kept"
+    os.kill(life.process.pid, signal.SIGSTOP)
     os.rename(base / name / "checkpoints", kept)
     (base / name / "checkpoints").write_text("in the way")
+    os.kill(life.process.pid, signal.SIGCONT)
     assert life.end() == 1
     assert log.read_text().count("error: checkpoint") == 1
     assert any(checkpoint.damage(path) is None for path in kept.glob("step_*"))

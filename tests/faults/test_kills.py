@@ -38,8 +38,10 @@ def test_sigkill_at_random_moments(base, kills, optimizer):
             while life.process.is_alive() and len(losses_so_far(base, name)) <= began + more:
                 time.sleep(0.002)
             moment = time.monotonic() + draw.uniform(0, 0.15)
-        saving = number % 3 == 1
-        hits.append(life.kill_when(lambda: any(folder.glob(".step_*")) if saving else time.monotonic() >= moment))
+        if number % 3 == 1:
+            hits.append(life.kill_when(lambda: any(folder.glob(".step_*"))))
+        else:
+            hits.append(life.kill_when(lambda moment=moment: time.monotonic() >= moment))
     life = Life(overrides(base, name, *arguments), log)
     assert life.end() == 0, log.read_text()[-3000:]
     assert sum(hits) >= kills * 3 // 4 and sum(hits[1::3]) >= kills // 5, hits

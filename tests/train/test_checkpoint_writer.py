@@ -65,10 +65,11 @@ def test_a_process_killed_while_it_writes_leaves_the_one_before(tmp_path, held):
     held.set()
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next_whole_one(tmp_path):
+def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / ".step_00000002-12345678-1").mkdir()
     (tmp_path / ".step_00000002.tmp").mkdir()  # of older versions
     writer = CheckpointWriter(tmp_path)
+    assert names(tmp_path) == []
     start(writer, 2)
     assert writer.settle() is None and names(tmp_path) == ["step_00000002"]
 
@@ -131,3 +132,29 @@ def test_a_step_that_comes_again_takes_the_place_of_the_damaged_one(tmp_path):
     start(writer, 2)
     assert writer.settle() is None and names(tmp_path) == ["step_00000002"]
     assert checkpoint.damage(tmp_path / "step_00000002") is None
+
+
+def test_files_that_vanish_meanwhile_are_missed(tmp_path, monkeypatch):
+    writer, replace = CheckpointWriter(tmp_path, keep=1), checkpoint_writer.durable.replace
+    start(writer, 1)
+    assert writer.settle() is None
+
+    def removing(path, content):
+        replace(path, content)
+        for weights in path.parent.glob("weight-*"):
+            weights.unlink()
+
+    monkeypatch.setattr(checkpoint_writer.durable, "replace", removing)
+    start(writer, 2)
+    assert "have vanished: weight-00000.safetensors" in writer.settle()
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_a_users_own_copy_stays(tmp_path):
+    writer = CheckpointWriter(tmp_path, keep=1)
+    start(writer, 1)
+    writer.settle()
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000001_best")
+    start(writer, 2)
+    writer.settle()
+    assert names(tmp_path) == ["step_00000001_best", "step_00000002"]

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable
