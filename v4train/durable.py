@@ -1,11 +1,16 @@
 """Files that outlive a crash: on disk before they have their names, and known by their SHA-256."""
 
 import hashlib
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 TEMPORARY = ".tmp"
+
+logger = logging.getLogger("v4train")
 
 
 def sha256_of(path: Path) -> str:
@@ -44,3 +49,12 @@ def replace(path: Path, content: bytes) -> None:
         sync(file)
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def optional(what: Path) -> Iterator[None]:
+    """Around writing something that a run can do without: where the disk won't have it, the log says so."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s can't be written (%s): the run goes on without it", what, error.strerror or error)

@@ -229,7 +229,7 @@ class Engine:
             yield name, tensors
 
     def _whole(self, name: str, part: Tensor) -> Tensor:
-        return (part if self.layout is None else self.layout.whole(name, part)).cpu().clone()
+        return (part if self.layout is None else self.layout.whole(name, part)).to("cpu", copy=True)
 
     @torch.no_grad()
     def load_named_state(self, read: Callable[[str], dict[str, Tensor]]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from v4train import durable
 from v4train.config import Settings
 from v4train.data import Source, load_data
 from v4train.errors import ConfigError
@@ -198,17 +199,24 @@ def _finish(trainer: Trainer) -> dict[str, float]:
     }
     if trainer.topology.rank == 0:
         directory = trainer.directory
-        try:
-            entropy = trainer.validation["unigram_entropy"]
-            loss_plot(read_metrics(directory.metrics), directory.loss_plot, trainer.settings.run.name, entropy)
-            trainer.tracker.image("loss_plot", directory.loss_plot, trainer.step)
-        except ValueError as error:  # no finite loss: the run diverged, and its summary says so
-            logger.warning("no loss plot: %s", error)
+        with durable.optional(directory.loss_plot):
+            _plot(trainer)
         trainer.tracker.summary(summary)
         _show_end(trainer, text)
-        write_summary(directory.summary, summary)  # last: a run that has one is finished
+        with durable.optional(directory.summary):
+            write_summary(directory.summary, summary)  # last: a run that has one is finished
     trainer.tracker.finish()
     return trainer.validation
+
+
+def _plot(trainer: Trainer) -> None:
+    path, entropy = trainer.directory.loss_plot, trainer.validation["unigram_entropy"]
+    try:
+        loss_plot(read_metrics(trainer.directory.metrics), path, trainer.settings.run.name, entropy)
+    except ValueError as error:  # no finite loss: the run diverged, and its summary says so
+        logger.warning("no loss plot: %s", error)
+    else:
+        trainer.tracker.image("loss_plot", path, trainer.step)
 
 
 def _sample(trainer: Trainer) -> str:
@@ -224,7 +232,8 @@ def _sample(trainer: Trainer) -> str:
     prompt, length, temperature = train.sample_prompt, train.sample_tokens, train.sample_temperature
     text = generate(logits_of, trainer.tokenizer, prompt, length, temperature, trainer.settings.seed)
     if trainer.topology.rank == 0:
-        trainer.directory.samples.write_text(text + "\n", encoding="utf-8")
+        with durable.optional(trainer.directory.samples):
+            trainer.directory.samples.write_text(text + "\n", encoding="utf-8")
         trainer.tracker.table("samples", ["prompt", "text"], [[prompt, text]], trainer.step)
     return text
 
