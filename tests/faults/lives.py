@@ -5,9 +5,11 @@ A life is forked from a server that has imported everything, so that it begins w
 
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tests.runs import tiny
@@ -31,10 +33,17 @@ def live(arguments: list[str], log: Path, before: Callable[[], None] | None = No
     import torch
 
     from v4train.config import load, settings
+    from v4train.parallel.topology import leave
     from v4train.train.pretrain import pretrain
 
     torch.set_num_threads(1)
     pretrain(settings(load(arguments)))
+    if "RANK" in os.environ:
+        leave()
+
+
+def _be(rank: dict[str, str]) -> None:
+    os.environ.update(rank)
 
 
 class Life:
@@ -43,6 +52,19 @@ class Life:
     def __init__(self, arguments: list[str], log: Path, before: Callable[[], None] | None = None) -> None:
         self.log, self.process = log, CONTEXT.Process(target=live, args=(arguments, log, before), daemon=True)
         self.process.start()
+
+    @classmethod
+    def of_ranks(cls, ranks: int, arguments: list[str], log: Path) -> list["Life"]:
+        """The ranks of one run, without torchrun, which would end the others for one that is killed."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        return [
+            cls(arguments, log, partial(_be, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            for rank in range(ranks)
+        ]
 
     def end(self) -> int:
         """Wait for it; its exit code, negative for a signal's."""

@@ -78,6 +78,44 @@ def test_a_full_disk(base, small_disk):
     assert checkpoint_digests(small_disk, name, 60) == checkpoint_digests(base, "whole", 60)
 
 
+def test_a_disk_that_is_full_from_the_start_is_refused(base, small_disk):
+    """In one line, and what is there stays: a run that was saved goes on once there is room."""
+    name, log, filler = "resumed_full", base / "resumed_full.log", small_disk / "filler"
+    arguments = [*overrides(base, name, *FAST), f"run.dir={small_disk / name}"]
+    assert Life([*arguments, "train.stop_at_step=30"], log).end() == 0, log.read_text()[-3000:]
+    with suppress(OSError), filler.open("ab", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    Life(arguments, log, give_up_soon).end()
+    assert checkpoint.newest(small_disk / name / "checkpoints").name == "step_00000030"
+    filler.unlink()
+    assert Life(arguments, log).end() == 0, log.read_text()[-3000:]
+    assert losses(small_disk, name) == losses(base, "whole")
+    assert checkpoint_digests(small_disk, name, 60) == checkpoint_digests(base, "whole", 60)
+
+
+def test_a_folder_that_is_read_only_for_a_while(base):
+    name, log, folder = "read_only", base / "read_only.log", base / "read_only" / "checkpoints"
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=True)
+    try:
+        life = Life(overrides(base, name, *FAST), log, retry_soon)
+        wait_for(life, lambda: step_of(base, name) >= 5)
+        wait_for(life, lambda: remounted(folder, "ro"))  # refused while a file is open for writing
+        wait_for(life, lambda: "a checkpoint can't be written" in log.read_text())
+        assert checkpoint.newest(folder) is not None
+        assert remounted(folder, "rw")
+        assert life.end() == 0, log.read_text()[-3000:]
+        assert losses(base, name) == losses(base, "whole")
+        assert checkpoint_digests(base, name, 60) == checkpoint_digests(base, "whole", 60)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def remounted(folder, how):
+    return subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], capture_output=True).returncode == 0
+
+
 def test_a_folder_that_vanishes(base):
     name, log = "vanished", base / "vanished.log"
     life = Life(overrides(base, name, *FAST), log, retry_soon)
