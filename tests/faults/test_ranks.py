@@ -1,4 +1,4 @@
-"""One of several ranks dies at any moment: the others end, and the same command continues, on as many ranks or fewer."""
+"""One of several ranks dies at any moment: the others end; the same command continues, on as many ranks or fewer."""
 
 import random
 import time
