@@ -89,6 +89,7 @@ def test_a_full_disk(base, small_disk):
     assert checkpoint_digests(small_disk, name, 60) == checkpoint_digests(base, "whole", 60)
 
 
+@pytest.mark.exhaustive
 def test_a_disk_that_is_full_from_the_start_is_refused(base, small_disk):
     """In one line, and what is there stays: a run that was saved goes on once there is room."""
     name, log, filler = "resumed_full", base / "resumed_full.log", small_disk / "filler"
@@ -126,6 +127,7 @@ def remounted(folder, how):
     return subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], capture_output=True).returncode == 0
 
 
+@pytest.mark.exhaustive
 def test_a_folder_that_vanishes(base):
     name, log = "vanished", base / "vanished.log"
     life = Life(overrides(base, name, *FAST), log, retry_soon)
@@ -136,6 +138,7 @@ def test_a_folder_that_vanishes(base):
     assert checkpoint_digests(base, name, 60) == checkpoint_digests(base, "whole", 60)
 
 
+@pytest.mark.exhaustive
 def test_a_folder_that_can_not_be_written_to_the_end(base):
     """The run ends with one line and another code than success, with the checkpoint before as it was."""
     name, log = "in_the_way", base / "in_the_way.log"

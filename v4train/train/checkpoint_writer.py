@@ -168,6 +168,7 @@ class _Attempt:
             os.rename(self._final, replaced)
         os.rename(self._temporary, self._final)
         durable.sync_folder(self._final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
         prune(self._final.parent, self._manifest["step"], self._keep, self._keep_every)
 
 
