@@ -36,6 +36,6 @@ def untrained_run(base: Path, name: str, *overrides: str, step: int = 7) -> Path
         "validation": {"step": step, "val_loss": 5.4321, "val_bits_per_byte": 2.5, "val_tokens": 500},
         "config": checked.resolved,
     }
-    weights = ((name, {"weight": parameter.detach()}) for name, parameter in model.named_parameters())
+    weights = (("weight", name, parameter.detach()) for name, parameter in model.named_parameters())
     checkpoint_writer.save(directory.checkpoints, step, weights, dict(model.named_buffers()), state)
     return directory.path

@@ -20,13 +20,15 @@ def main(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
     for stages in (1, 2):
-        writer = CheckpointWriter(folder / f"stages_{stages}", stages=stages)
-        stage = rank // (dist.get_world_size() // stages)
+        writer = CheckpointWriter(folder / f"stages_{stages}")
+        per_stage = dist.get_world_size() // stages
+        stage, number = divmod(rank, per_stage)
         for step, failing in enumerate((None, 1, 0, None), 1):
             checkpoint_writer.save_file = full if failing == rank else save_file
-            names = [f"stage_{stage}.{i}" for i in range(5)]
-            parameters = [(name, {"weight": torch.full((2,), float(step))}) for name in names]
-            writer.start(step, parameters, {f"stage_{stage}.bias": torch.tensor([step])}, {"rank": rank})
+            names = [f"stage_{stage}.{i}" for i in range(number, 5, per_stage)]
+            parameters = [("weight", name, torch.full((2,), float(step))) for name in names]
+            buffers = {} if number else {f"stage_{stage}.bias": torch.tensor([step])}
+            writer.start(step, parameters, buffers, {"rank": rank})
             dist.barrier()  # as the next training step does, while the threads write
             problems[f"{stages}.{step}"] = writer.settle()
     (folder / f"problems_{rank}.json").write_text(json.dumps(problems))

@@ -18,7 +18,8 @@ BUFFERS = {"router.bias": torch.tensor([0.5, -0.5]), "router.table": torch.tenso
 
 
 def save(folder, step, keep=0):
-    return checkpoint_writer.save(folder, step, PARAMETERS.items(), BUFFERS, {"tokens": step * 10}, keep)
+    pieces = [(kind, name, tensor) for name, tensors in PARAMETERS.items() for kind, tensor in tensors.items()]
+    return checkpoint_writer.save(folder, step, pieces, BUFFERS, {"tokens": step * 10}, keep)
 
 
 def test_what_is_saved_is_read_back_bitwise(tmp_path):

@@ -13,7 +13,8 @@ BUFFERS = {"router.bias": torch.tensor([0.5, -0.5])}
 
 
 def parameters(value):
-    return [(name, {"weight": torch.full((3,), value), "step": torch.tensor(value)}) for name in ("a", "b", "c")]
+    tensors = {"weight": torch.full((3,), value), "step": torch.tensor(value)}
+    return [(kind, name, tensor) for name in ("a", "b", "c") for kind, tensor in tensors.items()]
 
 
 def start(writer, step):

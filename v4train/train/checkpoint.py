@@ -2,12 +2,13 @@
 
     checkpoints/step_00000100/
         manifest.json               step, trainer state, configuration, SHA-256 of every file
-        weight-00000.safetensors    fp32 master of each parameter, whole, by canonical name
-        exp_avg-00000.safetensors   and so on: one file for each optimizer state and writing rank
+        weight-00000.safetensors    fp32 masters by canonical name, of what rank 0 holds: whole, or slices
+        exp_avg-00000.safetensors   and so on: one file for each optimizer state and rank
         buffers-00000.safetensors   router biases and hash tables, one file for each pipeline stage
 
-Each rank writes the tensors that fall to it (checkpoint_writer.py). Names and shapes do not depend on the layout, so
-any number of ranks can read them; files are mapped, and a rank reads what it takes of a tensor.
+Each rank writes what it holds (checkpoint_writer.py): a tensor that is whole on one rank as it is, any other in slices
+whose names say where in the whole they lie (parallel/slices.py). So any number of ranks, in any layout, can read them.
+Files are mapped, and a rank reads what it takes.
 """
 
 import hashlib
@@ -28,8 +29,9 @@ from torch import Tensor
 from v4train.durable import sha256_of
 from v4train.errors import ConfigError
 from v4train.model import Transformer, build_model
+from v4train.parallel.slices import Box, Slice, assembled
 
-FORMAT = 2  # raised when an older reader would misread the files; 1 had no checksum of the manifest itself
+FORMAT = 2  # raised when an older reader would misread the files; 1 had whole tensors, and no checksum of the manifest
 MANIFEST = "manifest.json"
 BUFFERS = "buffers"
 
@@ -100,37 +102,54 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
+_Place = tuple[
+    Slice | None, Any, str
+]  # a piece (None: the whole tensor), the open file that holds it, and its key there
+
+
 class Reader:
     """Tensors of one checkpoint, read when asked for: any rank may read any of them."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.manifest = path, read_manifest(path)
         self._buffers: list[Path] = []
-        self._where: dict[str, dict[str, Any]] = defaultdict(dict)  # name -> state name -> open file
+        self._where: dict[str, dict[str, list[_Place]]] = defaultdict(lambda: defaultdict(list))  # by name and kind
         for file_name in self.manifest["files"]:
             kind = file_name.removesuffix(".safetensors").partition("-")[0]
             if kind == BUFFERS:
                 self._buffers.append(path / file_name)
             else:
                 file = safe_open(path / file_name, framework="pt")
-                for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                    self._where[name][kind] = file
+                for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                    piece = Slice.of_key(key)
+                    self._where[piece.name if piece else key][kind].append((piece, file, key))
 
     def close(self) -> None:
         """Let go of the files; the manifest stays."""
         self._where.clear()
 
-    def parameter(self, name: str) -> dict[str, Tensor]:
-        """Whole CPU tensors of a parameter by state name (`weight`, `exp_avg`, ...)."""
-        return {kind: file.get_tensor(name) for kind, file in self._where[name].items()}
+    def parameter(self, name: str, box: Box | None = None) -> dict[str, Tensor]:
+        """CPU tensors of a parameter by kind (`weight`, `exp_avg`, ...): what lies at `box`, or whole (None).
+
+        None for a name that isn't there; ValueError for one of which values are missing.
+        """
+        return {kind: _read(places, box) for kind, places in self._where.get(name, {}).items()}
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters by canonical name, fp32, without the optimizer's state."""
-        return {name: files["weight"].get_tensor(name) for name, files in self._where.items()}
+        return {name: _read(places["weight"], None) for name, places in self._where.items()}
 
     def buffers(self) -> dict[str, Tensor]:
         """All buffers by canonical name."""
         return {name: tensor for path in self._buffers for name, tensor in load_file(path).items()}
+
+
+def _read(places: list[_Place], box: Box | None) -> Tensor:
+    piece, file, key = places[0]
+    if piece is not None:
+        return assembled(((piece, file.get_tensor(key)) for piece, file, key in places), box)
+    whole = file.get_tensor(key)  # mapped
+    return whole[box] if box and whole.dim() else whole
 
 
 def load_model(path: Path) -> Transformer:

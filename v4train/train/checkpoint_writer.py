@@ -26,22 +26,16 @@ from v4train.train.checkpoint import BUFFERS, FORMAT, MANIFEST, manifest_bytes, 
 POLL = 0.02  # seconds between looks for the other ranks' files
 LATE = 20.0  # seconds after which a file that another rank has written must be seen
 
-Parameters = Iterable[tuple[str, dict[str, Tensor]]]
+Parameters = Iterable[tuple[str, str, Tensor]]
 
 
 class CheckpointWriter:
     """Writes checkpoints into a folder, one at a time. Every rank has one and calls its methods at the same steps."""
 
-    def __init__(self, folder: Path, keep: int = 0, keep_every: int = 0, stages: int = 1) -> None:
-        """Collective.
-
-        Args:
-            keep, keep_every: which ones stay (`prune`).
-            stages: the pipeline's, equally many consecutive ranks each, which have different tensors.
-        """
+    def __init__(self, folder: Path, keep: int = 0, keep_every: int = 0) -> None:
+        """Collective. keep, keep_every: which ones stay (`prune`)."""
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self._writers = self._world // stages
         self._process = _gathered(uuid.uuid4().hex[:8])[0]  # so that nobody takes a killed one's files for new ones
         if self._rank == 0:
             remove_leftovers(folder)  # or they would take room for ever where there is too little for the next one
@@ -62,17 +56,15 @@ class CheckpointWriter:
         """Take a step's state and begin to write it. Collective; only after `settle`.
 
         Args:
-            parameters: (canonical name, whole CPU tensors by state name), the same sequence on every rank of a stage;
-                nobody changes the tensors afterwards.
-            buffers: whole CPU tensors by canonical name, equal on every rank of a stage.
+            parameters: (kind, key, CPU tensor) of this rank's part (`Engine.local_state`); nobody changes the tensors
+                afterwards.
+            buffers: whole CPU tensors by canonical name that this rank is to write, which are copied.
             state: JSON-able state of the trainer; rank 0's is written.
         """
         files: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for index, (name, tensors) in enumerate(parameters):
-            if index % self._writers == self._rank % self._writers:
-                for kind, tensor in tensors.items():
-                    files[f"{kind}-{self._rank:05d}"][name] = tensor.contiguous()
-        if self._rank % self._writers == 0:
+        for kind, key, tensor in parameters:
+            files[f"{kind}-{self._rank:05d}"][key] = tensor.contiguous()
+        if buffers:
             files[f"{BUFFERS}-{self._rank:05d}"] = {name: tensor.clone() for name, tensor in buffers.items()}
         self._attempts += 1
         final = self._folder / f"step_{step:08d}"

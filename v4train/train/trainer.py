@@ -86,7 +86,6 @@ class Trainer:
             directory.checkpoints,
             settings.checkpoint.keep,
             settings.checkpoint.keep_every,
-            self.topology.sizes.pipeline,
         )
         self._retry_at = math.inf  # when a checkpoint that failed is tried again, on rank 0's clock
         self.step = 0
@@ -320,7 +319,8 @@ class Trainer:
             "layout": asdict(self.topology.sizes),
         }
         own = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers() if not buffer.is_meta}
-        self.writer.start(self.step, self.engine.named_state(), own, state)
+        first = not any(self.topology.index(axis) for axis in ("data", "tensor", "context"))  # of a pipeline stage
+        self.writer.start(self.step, self.engine.local_state(), own if first else {}, state)
         self._retry_at = math.inf
         if self.metrics is not None:
             self.metrics.flush()
