@@ -267,7 +267,7 @@ def whole_state(engine: object) -> dict[str, dict[str, Tensor]]:
         piece = Slice.of_key(key)
         pieces[piece.name if piece else key, kind].append((piece, tensor))
     state: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for (name, kind), parts in pieces.items():
+    for (name, kind), parts in sorted(pieces.items(), key=lambda item: item[0]):
         assert all(piece for piece, _ in parts) or len(parts) == 1, (name, kind)  # each value once
         state[name][kind] = assembled(parts) if parts[0][0] else parts[0][1]
     return dict(state)

@@ -13,8 +13,9 @@ BUFFERS = {"router.bias": torch.tensor([0.5, -0.5])}
 
 
 def parameters(value):
-    tensors = {"weight": torch.full((3,), value), "step": torch.tensor(value)}
-    return [(kind, name, tensor) for name in ("a", "b", "c") for kind, tensor in tensors.items()]
+    names = ("a", "b", "c")
+    weights = [("weight", name, torch.full((3,), value)) for name in names]
+    return weights + [("step", name, torch.tensor(value)) for name in names]
 
 
 def start(writer, step):
