@@ -13,7 +13,6 @@ import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from v4train.config import load, settings
 from v4train.errors import ConfigError, refusing_bad_input
@@ -33,6 +32,7 @@ def main(arguments: list[str]) -> None:
 
 def benchmark(made, rounds: int) -> dict:
     from v4train.parallel.topology import start_distributed, stop_distributed
+    from v4train.train import checkpoint
     from v4train.train.pretrain import make_trainer
     from v4train.train.run_directory import RunDirectory
     from v4train.train.signals import StopRequest
@@ -62,8 +62,8 @@ def benchmark(made, rounds: int) -> dict:
         trainer.writer.settle()
         if number:  # the first one's memory is new
             turns.append((waited, stall, stall / waited, sum(beside) / len(beside) / alone - 1 if beside else 0.0))
-    path = trainer.directory.checkpoints / f"step_{trainer.step:08d}"
-    size = sum(file.stat().st_size for file in Path(path).rglob("*")) if path.exists() else 0
+    path = checkpoint.newest(trainer.directory.checkpoints)
+    size = sum(file.stat().st_size for file in path.iterdir())
     stop_distributed()
     waited, stall, share, slower = (statistics.median(column) for column in zip(*turns, strict=True))
     return {

@@ -90,6 +90,7 @@ class FlatState:
 
     def __init__(self, optimizer: torch.optim.Optimizer, zero: object) -> None:
         self._optimizer, self._zero = optimizer, zero
+        self._own: dict[nn.Parameter, tuple[int, slice] | None] = {}  # what `_held` has found
         self._place: dict[nn.Parameter, tuple[int, int]] = {}  # group, offset in the group's flat buffer
         for group, parameters in enumerate(zero.round_robin_bit16_groups):
             for parameter, offset in zip(parameters, zero.round_robin_bit16_offsets[group], strict=True):
@@ -131,18 +132,24 @@ class FlatState:
         return state.get(key)
 
     def pieces(self, parameter: nn.Parameter, key: str) -> list[tuple[int, Tensor]]:
-        group, _ = self._place[parameter]
-        me = dist.get_rank(group=self._zero.real_dp_process_group[group])
-        if key in MUON_KEYS:
-            owner = next(self._slices(parameter))[0]
-            return [(0, self._momentum(parameter, create=False))] if me == owner else []
-        held = [slices for rank, *slices in self._slices(parameter) if rank == me]
-        if not held:
+        held = self._held(parameter)
+        if held is None:
             return []
+        begin, in_partition = held
+        if key in MUON_KEYS:  # the first that holds a part of it
+            return [] if begin else [(0, self._momentum(parameter, create=False))]
         local = self._partition(parameter, key, create=False)
         if local is None:
             local = torch.zeros_like(self.holder(parameter))
-        return [(in_whole.start, local[in_partition]) for in_whole, in_partition in held]
+        return [(begin, local[in_partition])]
+
+    def _held(self, parameter: nn.Parameter) -> tuple[int, slice] | None:
+        """Where in the flat parameter this rank's range begins, and where it lies in the partition; None for none."""
+        if parameter not in self._own:
+            me = dist.get_rank(group=self._zero.real_dp_process_group[self._place[parameter][0]])
+            own = [(in_whole.start, there) for rank, in_whole, there in self._slices(parameter) if rank == me]
+            self._own[parameter] = own[0] if own else None
+        return self._own[parameter]
 
     def set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         group, _ = self._place[parameter]
