@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import importlib.resources
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ UNNAMED = re.compile(
     r"|train\.(stop_at_step|max_minutes|recompute|profile)=)"
 )
 NAME_LENGTH = 120  # longer default names are cut and end in a hash
+EXTRAS = {("hydra/sweeper", "optuna"): "optuna"}  # options that come with packages we don't require
 PRECISIONS = ("fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -148,6 +150,15 @@ def default_run_name(model: str, overrides: list[str]) -> str:
     if len(name) > NAME_LENGTH:
         name = f"{name[: NAME_LENGTH - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
+
+
+def sweep_name(model: str, overrides: Sequence[str]) -> str:
+    """Name of a sweep from its overrides, models that it varies included: the same command continues the same sweep."""
+    swept = [override.partition("=")[2] for override in overrides if re.match(r"model=.*,", override)]
+    return default_run_name(swept[0] if swept else model, list(overrides))
+
+
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)  # hydra.sweep.dir in conf/pretrain.yaml
 
 
 def settings(config: DictConfig) -> Settings:
@@ -272,7 +283,12 @@ def explain(error: Exception) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = [name for name in error.options or [] if not name.startswith("_")]
-        return ConfigError(group, option, "there is no such option", f"choose one of {', '.join(options)}")
+        near = difflib.get_close_matches(option, options, n=1)
+        remedy = f"{f'did you mean {near[0]}? ' if near else ''}choose one of {', '.join(options)}"
+        extra = EXTRAS.get((group, option))
+        if extra:
+            remedy = f"pip install 'v4train[{extra}]'"
+        return ConfigError(group, option, "there is no such option", remedy)
     if isinstance(error, OverrideParseException):
         return ConfigError("override", error.override, "Hydra can't read it", "write key=value, quoted for the shell")
     match = re.search(r"Could not override '([^']+)'", text)
@@ -285,15 +301,18 @@ def explain(error: Exception) -> ConfigError:
     return ConfigError("config", "?", text, "conf/ shows all keys")
 
 
-def _known_keys() -> list[str]:
+def _known_keys() -> set[str]:
+    """Every key that can be set, of Hydra's own and of all launchers too."""
+    keys: set[str] = set()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = OmegaConf.to_container(compose("pretrain"), resolve=False)
+        for launcher in ("local", "slurm"):
+            config = compose("pretrain", [f"hydra/launcher={launcher}"], return_hydra_config=True)
+            keys.update(_keys(OmegaConf.to_container(config, resolve=False), ""))
+    return keys
 
-    def walk(values: dict, prefix: str) -> list[str]:
-        keys = []
-        for key, value in values.items():
-            keys.append(f"{prefix}{key}")
-            keys += walk(value, f"{prefix}{key}.") if isinstance(value, dict) else []
-        return keys
 
-    return walk(config, "")
+def _keys(values: dict, prefix: str) -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
