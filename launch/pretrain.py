@@ -58,7 +58,7 @@ def refuse(error: ConfigError) -> None:
 
 
 def started() -> int:
-    """The exit code: 0, or REQUEUE of a run that has saved and wants to be started again, 1 of a sweep with failures."""
+    """The exit code: 0, REQUEUE of a run that has saved and wants to be started again, 1 of a sweep with failures."""
     try:
         run()
     except (HydraException, OmegaConfBaseException) as error:

@@ -140,7 +140,11 @@ def test_a_sweep_is_a_job_array_whose_jobs_survive_preemption(base, undisturbed)
     """Two jobs: one is preempted and told to save, one fails."""
     overrides = ["hydra/launcher=slurm", f"hydra.launcher.tasks_per_node={RANKS}", "hydra.launcher.poll_seconds=0.5"]
     overrides += ["hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=10", f"train.max_steps={STEPS}"]
-    overrides += ["train.global_batch_size=4,3", "run.name=swept_${train.global_batch_size}", f"run.dir={base}/${{run.name}}"]
+    overrides += [
+        "train.global_batch_size=4,3",
+        "run.name=swept_${train.global_batch_size}",
+        f"run.dir={base}/${{run.name}}",
+    ]
     sweep = subprocess.Popen(
         command(base, *overrides),
         cwd=base,

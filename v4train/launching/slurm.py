@@ -1,7 +1,7 @@
 """Jobs of a sweep as one job array of SLURM, submitted through submitit, each queued again until its run is finished.
 
-What a rank runs is a process of its own: submitit's handlers of signals, which checkpoint a Python object and requeue at
-once, would end a run before its ranks have agreed on a step and saved.
+What a rank runs is a process of its own: submitit's handlers of signals, which checkpoint a Python object and requeue
+at once, would end a run before its ranks have agreed on a step and saved.
 """
 
 import getpass
