@@ -38,11 +38,14 @@ def ended(job: Job, code: int | None, **figures: float) -> Outcome:
 
 def test_jobs_are_commands_named_from_their_overrides(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [str(tmp_path / "pretrain.py"), "-m"])
-    jobs = make_sweep(tmp_path / "sweep").jobs([["seed=1", "optimizer=adamw"], ["seed=2", "optimizer=adamw"]], first=4)
+    hydras = ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.searchpath=[file://mine]"]
+    jobs = make_sweep(tmp_path / "sweep", *hydras).jobs(
+        [["seed=1", "optimizer=adamw"], ["seed=2", "optimizer=adamw"]], first=4
+    )
     assert [job.number for job in jobs] == [4, 5]
     assert [job.name for job in jobs] == ["flash_small_optimizer=adamw_seed=1", "flash_small_optimizer=adamw_seed=2"]
     assert jobs[0].run_dir == Path("runs/flash_small_optimizer=adamw_seed=1").absolute()
-    assert jobs[1].command == (str(tmp_path / "pretrain.py"), "seed=2", "optimizer=adamw")
+    assert jobs[1].command == (str(tmp_path / "pretrain.py"), hydras[2], "seed=2", "optimizer=adamw")
     assert jobs[1].log == tmp_path / "sweep" / "5.log"
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,8 @@ from v4train.train.metrics import read_metrics, read_summary
 from v4train.train.progress import format_duration
 from v4train.train.run_directory import RunDirectory
 from v4train.train.signals import REQUEUE
+
+OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](launcher|sweeper|sweep|mode|job)\b")  # Hydra's overrides that jobs don't get
 
 logger = logging.getLogger("v4train")
 
@@ -200,7 +203,7 @@ class Sweep:
         with open_dict(config):
             config.hydra.job.num, config.hydra.job.id = number, str(number)
         complete(config, list(overrides))
-        command = (str(Path(sys.argv[0]).absolute()), *_hydra_flags(config), *overrides)
+        command = (str(Path(sys.argv[0]).absolute()), *_for_jobs(config), *overrides)
         run_dir = Path(config.run.dir).absolute()
         return Job(number, overrides, config.run.name, run_dir, command, self.folder / f"{number}.log")
 
@@ -228,10 +231,12 @@ def table_of(outcomes: Iterable[Outcome]) -> str:
     return text.getvalue()
 
 
-def _hydra_flags(config: DictConfig) -> list[str]:
-    """What stands before the overrides on the command line of a sweep and matters to its jobs."""
-    flags = [] if config.hydra.job.config_name == "pretrain" else ["--config-name", config.hydra.job.config_name]
+def _for_jobs(config: DictConfig) -> list[str]:
+    """Of the command line of a sweep, what is Hydra's and matters to its jobs: where configurations are, for one."""
+    arguments = []
+    if config.hydra.job.config_name != "pretrain":
+        arguments += ["--config-name", config.hydra.job.config_name]
     for source in config.hydra.runtime.config_sources:
         if source.provider == "command-line":
-            flags += ["--config-dir", source.path]
-    return flags
+            arguments += ["--config-dir", source.path]
+    return arguments + [override for override in config.hydra.overrides.hydra if not OF_THE_SWEEP.match(override)]

@@ -165,8 +165,8 @@ def _refuse_sizes(given: Mapping[str, int | None], world_size: int) -> None:
 def read_ranks(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun or srun set them; plain `python` is a world of one.
 
-    srun is recognised by SLURM_STEP_ID: an sbatch script has the other variables too, but is a single process. So is the
-    shell of an interactive job, a step of one task in a job of several.
+    srun is recognised by SLURM_STEP_ID: an sbatch script has the other variables too, but is a single process. So is
+    the shell of an interactive job, a step of one task in a job of several.
     """
     if "RANK" in environ:
         return int(environ["RANK"]), int(environ.get("WORLD_SIZE", "1")), int(environ.get("LOCAL_RANK", "0"))
