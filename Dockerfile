@@ -27,7 +27,7 @@ COPY tools tools
 RUN useradd --uid 10001 --no-create-home --home-dir /workspace v4train \
     && mkdir -p runs \
     && chown v4train /workspace runs
-USER v4train
+USER 10001
 
 HEALTHCHECK NONE
 ENTRYPOINT ["torchrun", "launch/pretrain.py"]

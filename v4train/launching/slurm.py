@@ -73,15 +73,20 @@ class Rank:
 
     def __call__(self) -> int:
         # SLURM signals the process group, so the rank has it too. A handler, unlike SIG_IGN, is not inherited.
-        noted: list[int] = []
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
-            signal.signal(number, lambda number, _: noted.append(number))
+            signal.signal(number, lambda *_: None)
         with self.log.open("ab") as log:
             code = subprocess.run(self.command, stdout=log, stderr=subprocess.STDOUT).returncode
-        # After SIGTERM SLURM itself queues the job again, or someone has cancelled it
-        if code == REQUEUE and signal.SIGTERM not in noted and os.environ["SLURM_PROCID"] == "0":
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        if code == REQUEUE and os.environ["SLURM_PROCID"] == "0":
+            _requeue(os.environ["SLURM_JOB_ID"])
         return code if code >= 0 else 128 - code
+
+
+def _requeue(job: str) -> None:
+    """Unless SLURM is ending the job, by scancel or preemption, and so decides itself."""
+    state = subprocess.run(["squeue", "--noheader", "--format=%T", f"--jobs={job}"], capture_output=True, text=True)
+    if state.stdout.strip() == "RUNNING":
+        subprocess.run(["scontrol", "requeue", job], check=True)
 
 
 def run_jobs(jobs: list[Job], config: SlurmConfig, folder: Path) -> Iterator[Outcome]:
