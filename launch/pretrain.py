@@ -21,9 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from v4train.config import complete, config_dir, explain, settings
-from v4train.errors import ConfigError, errors_from_hydra, wants_traceback
-from v4train.launching.sweep import SweepFailed
+from v4train.errors import ConfigError, SweepFailed, errors_from_hydra, wants_traceback
+from v4train.overrides import complete, config_dir, explain
 from v4train.train.signals import REQUEUE
 
 LISTENING = 5  # seconds that other ranks leave rank 0 to speak
@@ -37,6 +36,8 @@ def run(config: DictConfig) -> None:
             rule, remedy = "a process can be a rank of one run only", "use hydra/launcher=local or slurm"
             raise ConfigError("hydra/launcher", HydraConfig.get().runtime.choices["hydra/launcher"], rule, remedy)
         complete(config, list(HydraConfig.get().overrides.task))
+        from v4train.config import settings  # PyTorch: not for --help
+
         checked = settings(config)
         # After the checks: a bad command line is refused before DeepSpeed is even imported.
         from v4train.train.pretrain import pretrain

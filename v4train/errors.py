@@ -1,4 +1,4 @@
-"""The one exception a user of v4train is meant to see, and how a program shows it."""
+"""The exceptions a user of v4train is meant to see, and how a program shows them."""
 
 import os
 import sys
@@ -22,6 +22,10 @@ class ConfigError(ValueError):
     def __reduce__(self) -> tuple:
         """Pickled by its parts: rank 0 sends it to the others, which shall end the same way."""
         return type(self), (self.key, self.value, self.rule, self.remedy)
+
+
+class SweepFailed(Exception):
+    """Jobs of a sweep have failed, and here is which and why, in one line."""
 
 
 @contextmanager

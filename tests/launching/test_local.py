@@ -3,14 +3,16 @@
 import os
 
 import pytest
+from omegaconf import OmegaConf
 
-from tests.shipped import shipped
+from v4train.config import config_dir
 from v4train.errors import ConfigError
 from v4train.launching.local import LocalConfig, slot_environments
 
 
 def config(**overrides) -> LocalConfig:
-    values = {key: value for key, value in shipped("hydra/launcher", "local").items() if key != "_target_"}
+    values = dict(OmegaConf.load(config_dir() / "hydra" / "launcher" / "local.yaml"))
+    del values["_target_"]
     return LocalConfig(**(values | overrides))
 
 

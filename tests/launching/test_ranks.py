@@ -15,7 +15,7 @@ PROGRAM = """
 import os, signal, sys, time
 rank = os.environ["RANK"]
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
-print("rank", rank, "of", os.environ["WORLD_SIZE"], flush=True)
+os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']}\\n".encode())
 open(f"{rank}.started", "w").close()
 if sys.argv[1] == "wait":
     time.sleep(60)

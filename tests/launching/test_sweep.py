@@ -10,9 +10,9 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 
-from v4train.config import config_dir, sweep_name
-from v4train.errors import ConfigError
-from v4train.launching.sweep import Job, Outcome, Sweep, SweepFailed, refuse_on_ranks, table_of
+from v4train.errors import ConfigError, SweepFailed
+from v4train.launching.sweep import Job, Outcome, Sweep, refuse_on_ranks, table_of
+from v4train.overrides import config_dir, sweep_name
 from v4train.train.metrics import write_summary
 
 

@@ -16,8 +16,8 @@ from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, open_dict
 
 from v4train import durable
-from v4train.config import complete
-from v4train.errors import ConfigError
+from v4train.errors import ConfigError, SweepFailed
+from v4train.overrides import complete
 from v4train.parallel.topology import read_ranks
 from v4train.train.metrics import read_metrics, read_summary
 from v4train.train.progress import format_duration
@@ -27,10 +27,6 @@ from v4train.train.signals import REQUEUE
 OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](launcher|sweeper|sweep|mode|job)\b")  # Hydra's overrides that jobs don't get
 
 logger = logging.getLogger("v4train")
-
-
-class SweepFailed(Exception):
-    """Jobs of a sweep have failed, and here is which."""
 
 
 @dataclass(frozen=True)
