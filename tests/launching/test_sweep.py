@@ -38,7 +38,7 @@ def ended(job: Job, code: int | None, **figures: float) -> Outcome:
 
 def test_jobs_are_commands_named_from_their_overrides(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [str(tmp_path / "pretrain.py"), "-m"])
-    hydras = ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.searchpath=[file://mine]"]
+    hydras = ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.searchpath=[pkg://hydra.conf]"]
     jobs = make_sweep(tmp_path / "sweep", *hydras).jobs(
         [["seed=1", "optimizer=adamw"], ["seed=2", "optimizer=adamw"]], first=4
     )
@@ -88,12 +88,13 @@ def test_the_table(tmp_path):
 
 
 @pytest.mark.parametrize("codes", [(0, 75), (0, None), (1, 75)])
-def test_jobs_that_wait_end_the_sweep_with_its_code(tmp_path, codes):
-    sweep = make_sweep(tmp_path)
+def test_jobs_that_wait_end_the_sweep_with_its_code(tmp_path, monkeypatch, codes):
+    monkeypatch.chdir(tmp_path)
+    sweep = make_sweep(tmp_path / "sweep")
     jobs = sweep.jobs([["seed=1"], ["seed=2"]], first=0)
     jobs[0].log.write_text("error: bad\n")
     with pytest.raises(SweepFailed if 1 in codes else SystemExit) as caught:
-        sweep.run(jobs, lambda jobs: [Outcome(job, code, 1.0) for job, code in zip(jobs, codes, strict=True)])
+        sweep.run(jobs, lambda jobs: [ended(job, code, val_loss=1.0) for job, code in zip(jobs, codes, strict=True)])
     assert "1 of 2 jobs failed" in str(caught.value) if 1 in codes else caught.value.code == 75
 
 
