@@ -14,6 +14,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
+    from v4train.launching.local import LocalConfig
+    from v4train.launching.slurm import SlurmConfig
     from v4train.launching.sweep import Job, Outcome
 
 
@@ -27,7 +29,7 @@ class SweepLauncher(Launcher):
         from v4train.launching.sweep import Sweep, refuse_on_ranks
 
         refuse_on_ranks(sys.argv)
-        self.config = config
+        self.checked, self.config = self.check(), config
         self.sweep = Sweep(config, hydra_context.config_loader, self.options["objective"])
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -38,6 +40,10 @@ class SweepLauncher(Launcher):
         setup_logging(self.sweep.folder, rank=0)
         self.sweep.run(jobs, self.run_jobs)
         return [self._returned(job) for job in jobs]
+
+    @abstractmethod
+    def check(self) -> Any:
+        """The options, typed. Raises ConfigError: there is something wrong with them, before anything is written."""
 
     @abstractmethod
     def run_jobs(self, jobs: "list[Job]") -> "Iterator[Outcome]":
@@ -54,18 +60,29 @@ class SweepLauncher(Launcher):
 class LocalLauncher(SweepLauncher):
     """On this machine. Options: conf/hydra/launcher/local.yaml."""
 
-    def run_jobs(self, jobs: "list[Job]") -> "Iterator[Outcome]":
-        from v4train.launching.local import LocalConfig, run_jobs, visible_gpus
+    def check(self) -> "LocalConfig":
+        from v4train.launching.local import LocalConfig
         from v4train.structured import structured
 
-        return run_jobs(jobs, structured(LocalConfig, self.options, "hydra.launcher"), visible_gpus(self.config.device))
+        return structured(LocalConfig, self.options, "hydra.launcher")
+
+    def run_jobs(self, jobs: "list[Job]") -> "Iterator[Outcome]":
+        from v4train.launching.local import run_jobs, visible_gpus
+
+        return run_jobs(jobs, self.checked, visible_gpus(self.config.device))
 
 
 class SlurmLauncher(SweepLauncher):
     """As one job array of SLURM. Options: conf/hydra/launcher/slurm.yaml."""
 
-    def run_jobs(self, jobs: "list[Job]") -> "Iterator[Outcome]":
-        from v4train.launching.slurm import SlurmConfig, run_jobs
+    def check(self) -> "SlurmConfig":
+        from v4train.launching.slurm import SlurmConfig, check_installed
         from v4train.structured import structured
 
-        return run_jobs(jobs, structured(SlurmConfig, self.options, "hydra.launcher"), self.sweep.folder)
+        check_installed()
+        return structured(SlurmConfig, self.options, "hydra.launcher")
+
+    def run_jobs(self, jobs: "list[Job]") -> "Iterator[Outcome]":
+        from v4train.launching.slurm import run_jobs
+
+        return run_jobs(jobs, self.checked, self.sweep.folder)

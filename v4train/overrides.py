@@ -68,6 +68,9 @@ def explain(error: Exception) -> ConfigError:
         return ConfigError(group, option, "there is no such option", remedy)
     if isinstance(error, OverrideParseException):
         return ConfigError("override", error.override, "Hydra can't read it", "write key=value, quoted for the shell")
+    if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*?)'", text):
+        key, values = match.groups()
+        return ConfigError(key, values, "several values", f"write {key}=[{values}] for a list; -m runs each of them")
     match = re.search(r"Could not override '([^']+)'", text)
     if isinstance(error, ConfigCompositionException) and match:
         key = match.group(1).partition("@")[0]

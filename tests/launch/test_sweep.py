@@ -61,7 +61,7 @@ def test_two_by_two_with_a_job_that_fails(tmp_path):
 def test_optuna_tunes_a_learning_rate(tmp_path):
     given = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2", "hydra.launcher.jobs=2")
     given += ("hydra.sweeper.sampler.seed=1", "schedule.learning_rate=tag(log,interval(1e-4,1e-1))")
-    result = sweep(tmp_path, *given)
+    result = sweep(tmp_path, *given, "train.max_steps=3")
     assert result.returncode == 0, result.stderr
     folder, rows = read_table(tmp_path)
     assert [row["status"] for row in rows] == ["finished"] * 4
@@ -115,6 +115,15 @@ def test_a_sweep_on_every_rank_is_refused_with_the_right_command(tmp_path, by):
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert "each of the 2 ranks would run the whole sweep" in result.stderr
     assert result.stderr.endswith("launch/pretrain.py -m seed=1,2 hydra.launcher.nproc=2\n")
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_options_of_a_launcher_are_refused_before_anything_is_written(tmp_path):
+    command_line = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "-m", "seed=1,2", "hydra.launcher.nproc=0"]
+    options = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True, "timeout": 60}
+    result = subprocess.run(command_line, **options)
+    assert result.returncode == 2
+    assert result.stderr == "error: hydra.launcher.nproc=0: it must be at least 1; use 1\n"
     assert not any(tmp_path.iterdir())
 
 

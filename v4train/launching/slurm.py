@@ -97,7 +97,6 @@ def run_jobs(jobs: list[Job], config: SlurmConfig, folder: Path) -> Iterator[Out
     Args:
         folder: of the sweep, seen by all nodes; what submitit writes lies under `.submitit` there.
     """
-    _check_installed()
     import submitit
 
     started, record = time.monotonic(), folder / "slurm_jobs.json"
@@ -132,7 +131,8 @@ def queued() -> set[str] | None:
     return set(answer.stdout.split()) if answer.returncode == 0 else None
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Raises ConfigError where there is no SLURM, or no submitit."""
     if shutil.which("sbatch") is None:
         remedy = "start the sweep on a machine of the cluster, or use hydra/launcher=local"
         raise ConfigError("hydra/launcher", "slurm", "there is no sbatch here", remedy)
