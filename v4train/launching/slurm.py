@@ -150,7 +150,7 @@ def _submit(jobs: list[Job], config: SlurmConfig, folder: Path) -> list[str]:
     for job in jobs:
         job.log.write_bytes(b"")
     try:
-        executor.update_parameters(**_parameters(config))
+        executor.update_parameters(**parameters(config))
         with executor.batch():
             submitted = [executor.submit(Rank((sys.executable, *job.command), job.log)) for job in jobs]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
@@ -159,7 +159,7 @@ def _submit(jobs: list[Job], config: SlurmConfig, folder: Path) -> list[str]:
     return [job.job_id for job in submitted]
 
 
-def _parameters(config: SlurmConfig) -> dict[str, Any]:
+def parameters(config: SlurmConfig) -> dict[str, Any]:
     """As submitit names them."""
     setup = list(config.setup)
     if not wants_traceback():
