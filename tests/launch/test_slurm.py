@@ -17,7 +17,7 @@ from tests.runs import checkpoint_digests, losses, tiny
 from v4train.train.metrics import read_metrics
 
 LIMIT = 150  # seconds that a job may take, lives and pauses between them together
-STEPS = 250
+STEPS = 80
 RANKS = 2
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(2 * LIMIT)]
