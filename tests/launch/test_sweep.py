@@ -95,7 +95,7 @@ def test_a_signal_saves_the_jobs_and_the_same_command_continues_them(tmp_path):
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (75, ""), output
     _, rows = read_table(tmp_path)
-    assert [row["status"] for row in rows] == ["saved", "not started"]
+    assert [row["status"] for row in rows] == ["interrupted", "not started"]
     step = max(record["step"] for record in read_metrics(metrics))
     assert (metrics.parent / "checkpoints" / f"step_{step:08d}" / "manifest.json").is_file()
 

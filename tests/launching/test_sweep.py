@@ -81,7 +81,7 @@ def test_the_table(tmp_path):
     assert text.splitlines()[0] == header
     rows = list(csv.DictReader(io.StringIO(text)))
     assert [row["job"] for row in rows] == ["0", "1", "2", "3"]
-    assert [row["status"] for row in rows] == ["finished", "saved", "failed", "failed"]
+    assert [row["status"] for row in rows] == ["finished", "interrupted", "failed", "failed"]
     assert [row["+b"] for row in rows] == ["0", "1", "2", "3"]
     assert [row["val_loss"] for row in rows] == ["2.5", "", "", ""]
     assert [row["error"] for row in rows] == ["", "", "c=1: wrong; mend it", "ValueError: broken"]

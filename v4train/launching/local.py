@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from v4train.errors import ConfigError, user_environment
 from v4train.launching.sweep import Job, Outcome
-from v4train.train.signals import SIGNALS
+from v4train.train.signals import REQUEUE, SIGNALS
 
 
 @dataclass
@@ -67,12 +67,13 @@ class _Running:
     """The jobs that run now, for whoever has a signal for them."""
 
     def __init__(self) -> None:
-        self.lock, self.processes, self.stopping = threading.RLock(), set[subprocess.Popen](), False
+        self.lock, self.processes = threading.RLock(), set[subprocess.Popen]()
+        self.signalled: int | None = None
 
     def start(self, command: list[str], **options: object) -> subprocess.Popen | None:
         """None after a signal."""
         with self.lock:
-            if self.stopping:
+            if self.signalled is not None:
                 return None
             process = subprocess.Popen(command, start_new_session=True, **options)
             self.processes.add(process)
@@ -80,7 +81,7 @@ class _Running:
 
     def signal(self, number: int) -> None:
         with self.lock:
-            self.stopping = True
+            self.signalled = number
             for process in self.processes:
                 with suppress(ProcessLookupError):
                     process.send_signal(number)
@@ -111,7 +112,10 @@ def _run(job: Job, nproc: int, slots: queue.Queue[dict[str, str]], running: _Run
         code = process.wait()
         with running.lock:
             running.processes.discard(process)
-        return Outcome(job, code if code >= 0 else 128 - code, time.monotonic() - started)
+        code = code if code >= 0 else 128 - code
+        if running.signalled is not None and code == 128 + running.signalled:
+            code = REQUEUE  # it was not yet training, so there was nothing to save
+        return Outcome(job, code, time.monotonic() - started)
     finally:
         slots.put(slot)
 

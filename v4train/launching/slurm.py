@@ -17,15 +17,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from v4train import durable
 from v4train.errors import ConfigError, wants_traceback
 from v4train.launching.sweep import Job, Outcome
 from v4train.train.signals import REQUEUE
-
-if TYPE_CHECKING:
-    import submitit
 
 SUBMITIT = ".submitit"  # folder in that of the sweep
 
@@ -66,7 +63,10 @@ class SlurmConfig:
 
 @dataclass(frozen=True)
 class Rank:
-    """What submitit pickles, and each task of a job calls: one rank of the run. Returns its exit code."""
+    """What submitit pickles, and each task of a job calls: one rank of the run.
+
+    Returns its exit code where that is 0 or REQUEUE. Raises RuntimeError else, which makes SLURM's job a failed one too.
+    """
 
     command: tuple[str, ...]
     log: Path
@@ -77,9 +77,14 @@ class Rank:
             signal.signal(number, lambda *_: None)
         with self.log.open("ab") as log:
             code = subprocess.run(self.command, stdout=log, stderr=subprocess.STDOUT).returncode
+            if code < 0:
+                ended = f"error: rank {os.environ['SLURM_PROCID']} was ended by {signal.Signals(-code).name}\n"
+                log.write(ended.encode())
         if code == REQUEUE and os.environ["SLURM_PROCID"] == "0":
             _requeue(os.environ["SLURM_JOB_ID"])
-        return code if code >= 0 else 128 - code
+        if code not in (0, REQUEUE):
+            raise RuntimeError(f"the run ended with {code}: {self.log}")
+        return code
 
 
 def _requeue(job: str) -> None:
@@ -97,8 +102,6 @@ def run_jobs(jobs: list[Job], config: SlurmConfig, folder: Path) -> Iterator[Out
     Args:
         folder: of the sweep, seen by all nodes; what submitit writes lies under `.submitit` there.
     """
-    import submitit
-
     started, record = time.monotonic(), folder / "slurm_jobs.json"
     known = json.loads(record.read_text()) if record.is_file() else {}
     alive = queued() or set()
@@ -114,8 +117,8 @@ def run_jobs(jobs: list[Job], config: SlurmConfig, folder: Path) -> Iterator[Out
             alive = queued()
             for job in [] if alive is None else [job for job in waiting if ids[job.run_dir] not in alive]:
                 waiting.remove(job)
-                of = submitit.SlurmJob(folder / SUBMITIT, ids[job.run_dir], range(config.nodes * config.tasks_per_node))
-                yield Outcome(job, _exit_code(of, job.log), time.monotonic() - started)
+                code = _exit_code(ids[job.run_dir], folder / SUBMITIT, job.log)
+                yield Outcome(job, code, time.monotonic() - started)
     except KeyboardInterrupt:
         logger.info("the jobs stay in the queue (squeue --me); the same command waits for them again")
         raise
@@ -189,11 +192,16 @@ def parameters(config: SlurmConfig) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _exit_code(job: "submitit.SlurmJob", log: Path) -> int:
-    """Of a job that has left the queue. Where SLURM ended it without a result, the log says so."""
-    try:
-        return job.results()[0]
-    except Exception as error:  # submitit raises many kinds, among them whatever was raised in the job
+def _exit_code(job: str, folder: Path, log: Path) -> int:
+    """Of a job that has left the queue, by its first rank. Where SLURM ended it without a result, the log says so."""
+    import submitit
+
+    rank = submitit.SlurmJob(folder, job, tasks=[0])
+    if rank.paths.result_pickle.name not in os.listdir(folder):  # NFS may remember that a file was not there
         with log.open("a") as file:
-            file.write(f"error: SLURM job {job.job_id} ended without a result ({str(error).strip()})\n")
+            file.write(f"error: SLURM has ended job {job} before its run did; see {rank.paths.stderr}\n")
+        return 1
+    try:
+        return rank.result()
+    except submitit.core.utils.FailedJobError:
         return 1

@@ -59,12 +59,12 @@ class Outcome:
     def status(self) -> str:
         if self.code is None:
             return "not started"
-        return {0: "finished", REQUEUE: "saved"}.get(self.code, "failed")
+        return {0: "finished", REQUEUE: "interrupted"}.get(self.code, "failed")
 
     @property
     def waits(self) -> bool:
         """Whether the same command would continue it."""
-        return self.status in ("saved", "not started")
+        return self.status in ("interrupted", "not started")
 
     @property
     def figures(self) -> dict[str, Any]:
