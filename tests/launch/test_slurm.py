@@ -173,5 +173,6 @@ def test_a_sweep_is_a_job_array_whose_jobs_survive_preemption(base, undisturbed)
     assert [row["status"] for row in rows] == ["finished", "failed"]
     assert rows[1]["error"].startswith("train.global_batch_size=3: it must be a multiple of")
     assert f"error: 1 of 2 jobs failed: job 1 (swept_3): {rows[1]['error']}" in errors
+    assert (state(array), state(array.removesuffix("0") + "1")) == ("COMPLETED", "FAILED")
     assert "swept_4" in (folder / "comparison.html").read_text()
     assert_same(base, "swept_4")

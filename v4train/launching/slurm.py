@@ -65,7 +65,7 @@ class SlurmConfig:
 class Rank:
     """What submitit pickles, and each task of a job calls: one rank of the run.
 
-    Returns its exit code where that is 0 or REQUEUE. Raises RuntimeError else, which makes SLURM's job a failed one too.
+    Returns its exit code where that is 0 or REQUEUE, else raises RuntimeError, so that SLURM's job is a failed one too.
     """
 
     command: tuple[str, ...]
