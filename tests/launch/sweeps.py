@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -39,3 +40,8 @@ def read_table(base: Path) -> tuple[Path, list[dict[str, str]]]:
     (path,) = (base / "multirun").glob("*/sweep.csv")
     with path.open() as file:
         return path.parent, list(csv.DictReader(file))
+
+
+def page_of(output: str) -> Path:
+    """The page that compares, which a sweep names when it ends."""
+    return Path(re.findall(r"^comparison: (.*)$", output, re.MULTILINE)[-1])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launch import ROOT
-from tests.launch.sweeps import command, environment, read_table
+from tests.launch.sweeps import command, environment, page_of, read_table
 from tests.runs import checkpoint_digests, losses, tiny
 from v4train.train.metrics import read_metrics
 
@@ -169,10 +169,10 @@ def test_a_sweep_is_a_job_array_whose_jobs_survive_preemption(base, undisturbed)
     assert steps(run) < STEPS, "it was over before it was stopped: more steps are needed"
     output, errors = sweep.communicate(timeout=LIMIT)
     assert sweep.returncode == 1, errors
-    folder, rows = read_table(base)
+    _, rows = read_table(base)
     assert [row["status"] for row in rows] == ["finished", "failed"]
     assert rows[1]["error"].startswith("train.global_batch_size=3: it must be a multiple of")
     assert f"error: 1 of 2 jobs failed: job 1 (swept_3): {rows[1]['error']}" in errors
     assert (state(array), state(array.removesuffix("0") + "1")) == ("COMPLETED", "FAILED")
-    assert "swept_4" in (folder / "comparison.html").read_text()
+    assert "swept_4" in page_of(output).read_text()
     assert_same(base, "swept_4")

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.distributed.launch import ROOT
-from tests.launch.sweeps import LIMIT, command, environment, read_table
+from tests.launch.sweeps import LIMIT, command, environment, page_of, read_table
 from v4train.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(LIMIT + 30)]
@@ -51,10 +51,10 @@ def test_two_by_two_with_a_job_that_fails(tmp_path):
     }
     assert {row["run"] for row in rows} == names
     assert {path.name for path in (tmp_path / "runs").iterdir()} == names - {rows[3]["run"]}
-    files = {"multirun.yaml", "sweep.csv", "comparison.html", "log.txt", *(f"{number}.log" for number in range(4))}
+    files = {"multirun.yaml", "sweep.csv", "comparison", "log.txt", *(f"{number}.log" for number in range(4))}
     assert {path.name for path in folder.iterdir()} == files
     assert not list(tmp_path.rglob(".hydra"))
-    page = (folder / "comparison.html").read_text()
+    page = page_of(result.stdout).read_text()
     assert all(row["run"] in page for row in rows[:3]) and rows[3]["run"] not in page
 
 

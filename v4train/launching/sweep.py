@@ -1,4 +1,4 @@
-"""A sweep: its jobs, each a run of `launch/pretrain.py`, and what came of them in `sweep.csv` and `comparison.html`."""
+"""A sweep: its jobs, each a run of `launch/pretrain.py`, and what came of them in `sweep.csv` and `comparison/`."""
 
 import csv
 import io
@@ -191,7 +191,7 @@ class Sweep:
         if runs:
             from v4train.report import compare  # with matplotlib, which takes a second
 
-            logger.info("comparison: %s", compare(runs, self.folder / "comparison.html"))
+            logger.info("comparison: %s", compare(runs, self.folder / "comparison"))
         logger.info("table: %s", self.table)
 
     def _job(self, number: int, overrides: tuple[str, ...]) -> Job:

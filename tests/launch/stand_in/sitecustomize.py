@@ -7,8 +7,9 @@ import types
 if importlib.util.find_spec("v4train.report") is None:
 
     def compare(run_dirs, out):
-        out.write_text("\n".join(str(path) for path in run_dirs))
-        return out
+        out.mkdir(exist_ok=True)
+        (out / "report.html").write_text("\n".join(str(path) for path in run_dirs))
+        return out / "report.html"
 
     sys.modules["v4train.report"] = types.ModuleType("v4train.report")
     sys.modules["v4train.report"].compare = compare
