@@ -154,12 +154,13 @@ def test_a_sweep_is_a_job_array_whose_jobs_continue(base, undisturbed):
         text=True,
     )
     run = base / "swept_4"
-    log = lambda: "\n".join(path.read_text() for path in (base / "multirun").rglob("*.log"))  # noqa: E731
+
+    def log() -> str:
+        return "\n".join(path.read_text() for path in (base / "multirun").rglob("*.log"))
+
     until(lambda: steps(run) >= 3, log)
     assert sweep.poll() is None
-    names = slurm("squeue", "--noheader", "--array", "--format=%i %j").splitlines()
-    (array,) = [name.split()[0] for name in names if name.endswith(" v4train")]
-    assert array.endswith("_0")
+    (array,) = [number for number in slurm("squeue", "--noheader", "--array", "--format=%i").split() if "_0" in number]
     slurm("scancel", "--signal=USR1", array)
     until(lambda: "stopped by a signal" in log(), log)
     assert steps(run) < STEPS, "it was over before it was stopped: more steps are needed"
