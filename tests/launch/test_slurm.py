@@ -1,5 +1,6 @@
 """A real SLURM of one node (`.ci/slurm`): submitted, told to save, preempted, continued; a sweep as a job array."""
 
+import getpass
 import os
 import re
 import shutil
@@ -40,7 +41,7 @@ def cluster() -> Iterator[None]:
     if reason:
         pytest.skip(reason)
     yield
-    subprocess.run(["scancel", "--user=root"], timeout=30)
+    subprocess.run(["scancel", f"--user={getpass.getuser()}"], timeout=30)
 
 
 @pytest.fixture(scope="module")
