@@ -49,6 +49,13 @@ def test_jobs_are_commands_named_from_their_overrides(tmp_path, monkeypatch):
     assert jobs[1].log == tmp_path / "sweep" / "5.log"
 
 
+def test_another_configuration_is_handed_on(tmp_path):
+    sweep = make_sweep(tmp_path)
+    sweep.config.hydra.job.config_name = "mine"
+    (job,) = sweep.jobs([["seed=1"]], first=0)
+    assert job.command[1:] == ("--config-name", "mine", "seed=1")
+
+
 def test_two_jobs_that_differ_may_not_share_a_folder(tmp_path):
     with pytest.raises(ConfigError, match=r"run.dir=.*mine: jobs 0 and 1 of the sweep .*run.name='mine_\$\{seed\}'"):
         make_sweep(tmp_path).jobs([["seed=1", "run.name=mine"], ["seed=2", "run.name=mine"]], first=0)
