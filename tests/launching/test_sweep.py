@@ -49,9 +49,11 @@ def test_jobs_are_commands_named_from_their_overrides(tmp_path, monkeypatch):
     assert jobs[1].log == tmp_path / "sweep" / "5.log"
 
 
-def test_another_configuration_is_handed_on(tmp_path):
+def test_another_configuration_is_handed_on(tmp_path, monkeypatch):
     sweep = make_sweep(tmp_path)
-    sweep.config.hydra.job.config_name = "mine"
+    composed = sweep.loader.load_sweep_config(sweep.config, ["seed=1"])
+    composed.hydra.job.config_name = "mine"
+    monkeypatch.setattr(sweep.loader, "load_sweep_config", lambda config, overrides: composed)
     (job,) = sweep.jobs([["seed=1"]], first=0)
     assert job.command[1:] == ("--config-name", "mine", "seed=1")
 
