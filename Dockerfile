@@ -15,18 +15,19 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
 WORKDIR /workspace
 COPY pyproject.toml README.md LICENSE ./
 COPY conf conf
+COPY hydra_plugins hydra_plugins
 COPY v4train v4train
 # The constraint keeps the image's CUDA build of torch: pip may not replace it with another.
 RUN python3 -c "import torch; print('torch==' + torch.__version__)" > /tmp/constraints.txt \
     && python3 -m pip install --constraint /tmp/constraints.txt . \
-    && rm -rf /tmp/constraints.txt build ./*.egg-info v4train conf
+    && rm -rf /tmp/constraints.txt build ./*.egg-info v4train hydra_plugins conf
 
 COPY launch launch
 COPY tools tools
 RUN useradd --uid 10001 --no-create-home --home-dir /workspace v4train \
     && mkdir -p runs \
     && chown v4train /workspace runs
-USER v4train
+USER 10001
 
 HEALTHCHECK NONE
 ENTRYPOINT ["torchrun", "launch/pretrain.py"]

@@ -3,8 +3,9 @@
 import pytest
 from omegaconf import OmegaConf
 
-from v4train.config import config_dir, default_run_name, load, settings
+from v4train.config import config_dir, load, settings
 from v4train.errors import ConfigError
+from v4train.overrides import default_run_name
 
 GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "parallelism", "checkpoint", "tracking")
 
@@ -13,7 +14,12 @@ BAD = [
     (["model=nope"], "model", ["nope", "flash_small", "flash", "pro"]),
     (["optimizer=sgd"], "optimizer", ["muon", "adamw"]),
     (["train.max_stepz=3"], "train.max_stepz", ["train.max_steps"]),
+    (["model=flsh"], "model", ["did you mean flash?"]),
     (["modle=flash"], "modle", ["model"]),
+    (["train.max_steps=1,2"], "train.max_steps", ["train.max_steps=[1,2]", "-m"]),
+    (["launcher.nproc=2"], "launcher.nproc", ["did you mean hydra.launcher.nproc?"]),
+    (["hydra.launcher.partitoin=gpu"], "hydra.launcher.partitoin", ["did you mean hydra.launcher.partition?"]),
+    (["hydra/launcher=slrum"], "hydra/launcher", ["did you mean slurm?"]),
     (["+foo=1"], "foo", ["unknown"]),
     (["+train.foo=1"], "train.foo", ["unknown"]),
     (["model.moe.topk=2"], "model.moe.topk", ["model.moe.top_k"]),

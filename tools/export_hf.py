@@ -24,8 +24,11 @@ def main(arguments: list[str]) -> None:
     if not given["run"]:
         raise ConfigError("run", "missing", "nothing says which model to export", "give run=runs/NAME")
     from v4train.hf.export import ExportConfig, export  # after the arguments: it takes seconds
+    from v4train.train.progress import stages
 
-    done = export(ExportConfig(**given))
+    config = ExportConfig(**given)
+    with stages() as say:
+        done = export(config, say)
     print(f"{done.checkpoint.name}: {done.parameters:,} parameters as {done.architecture}")
     print(f"tokenizer and weights are the checkpoint's; {done.agreement}")
     if done.rounding:

@@ -19,8 +19,10 @@ def main(arguments: list[str]) -> None:
     """Raises ConfigError."""
     source, out, overrides = split(arguments)
     from v4train.hf.importing import command, import_model  # after the arguments: it takes seconds
+    from v4train.train.progress import stages
 
-    done = import_model(source, out, overrides)
+    with stages() as say:
+        done = import_model(source, out, overrides, say)
     new = f", {done.fresh:,} of them new (MTP)" if done.fresh else ""
     print(f"{out}: {done.name}, {done.parameters:,} parameters{new}; {done.agreement}")
     print(f"to continue pretraining:\n    {command(done.arguments)}")

@@ -4,17 +4,13 @@ Everything here is arithmetic on values and a look at the file system: an imposs
 before a model, a process group or a file is made.
 """
 
-import difflib
-import hashlib
-import importlib.resources
 import re
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,18 +22,13 @@ from v4train.model.recompute import RECOMPUTE_LEVELS
 from v4train.model.rules import ATTENTION_MODES
 from v4train.optim.param_groups import OptimizerConfig
 from v4train.optim.schedules import ScheduleConfig
+from v4train.overrides import complete, config_dir, explain
 from v4train.parallel.rules import check_layout_of
 from v4train.parallel.topology import ParallelismConfig, Topology, make_topology
 from v4train.structured import structured
 from v4train.train.checkpoint import CheckpointConfig
 from v4train.train.tracking import TrackingConfig
 
-# Overrides that say how or where to run, not what: they stay out of a run's default name.
-UNNAMED = re.compile(
-    r"^[+~]*(model=|run\.|checkpoint|tracking|device=|compile=|hydra|tokenizer\.cache_dir"
-    r"|train\.(stop_at_step|max_minutes|recompute|profile)=)"
-)
-NAME_LENGTH = 120  # longer default names are cut and end in a hash
 PRECISIONS = ("fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -113,11 +104,6 @@ class Settings:
     resolved: dict[str, Any]
 
 
-def config_dir() -> Path:
-    """Folder of the YAML files, inside the installed package."""
-    return Path(str(importlib.resources.files("v4train") / "conf"))
-
-
 def load(overrides: list[str]) -> DictConfig:
     """The configuration that `launch/pretrain.py` would run with these overrides, complete and checked.
 
@@ -133,21 +119,6 @@ def load(overrides: list[str]) -> DictConfig:
     complete(config, overrides)
     settings(config)
     return config
-
-
-def complete(config: DictConfig, overrides: list[str]) -> None:
-    """Fill in what depends on the command line: the run's default name."""
-    if config.run.name is None:
-        config.run.name = default_run_name(str(config.model.name), overrides)
-
-
-def default_run_name(model: str, overrides: list[str]) -> str:
-    """Name from the model and the overrides, never the clock, so that the same command continues the same run."""
-    named = sorted(override for override in overrides if not UNNAMED.match(override))
-    name = re.sub(r"[^\w.=+-]+", "-", "_".join([model, *named])).strip("-")
-    if len(name) > NAME_LENGTH:
-        name = f"{name[: NAME_LENGTH - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
 
 
 def settings(config: DictConfig) -> Settings:
@@ -264,36 +235,3 @@ def _check_attention_mode(mode: str, model: ModelConfig) -> None:
     if mode == "indexer_warmup" and not model.indexed_kinds:
         rule = f"no layer of {' '.join(model.layer_kinds)} has a lightning indexer, so nothing would learn"
         raise ConfigError("train.attention_mode", mode, rule, "use dense, or a csa or dsa layer in model.attention_mix")
-
-
-def explain(error: Exception) -> ConfigError:
-    """What Hydra or OmegaConf complain of while composing, as one line with the nearest name that exists."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        options = [name for name in error.options or [] if not name.startswith("_")]
-        return ConfigError(group, option, "there is no such option", f"choose one of {', '.join(options)}")
-    if isinstance(error, OverrideParseException):
-        return ConfigError("override", error.override, "Hydra can't read it", "write key=value, quoted for the shell")
-    match = re.search(r"Could not override '([^']+)'", text)
-    if isinstance(error, ConfigCompositionException) and match:
-        key = match.group(1).partition("@")[0]
-        if key.startswith("parallelism.deepspeed"):
-            return ConfigError(key, "?", "keys passed through to DeepSpeed are added", f"write +{key}.<key>=<value>")
-        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.7)
-        return ConfigError(key, "?", "unknown key", f"did you mean {near[0]}?" if near else "conf/ shows all keys")
-    return ConfigError("config", "?", text, "conf/ shows all keys")
-
-
-def _known_keys() -> list[str]:
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = OmegaConf.to_container(compose("pretrain"), resolve=False)
-
-    def walk(values: dict, prefix: str) -> list[str]:
-        keys = []
-        for key, value in values.items():
-            keys.append(f"{prefix}{key}")
-            keys += walk(value, f"{prefix}{key}.") if isinstance(value, dict) else []
-        return keys
-
-    return walk(config, "")

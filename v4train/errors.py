@@ -1,8 +1,12 @@
-"""The one exception a user of v4train is meant to see."""
+"""The exceptions a user of v4train is meant to see, and how a program shows them."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_FULL = "HYDRA_FULL_ERROR"
+_wanted = os.environ.get(_FULL)  # before `errors_from_hydra` changes it
 
 
 class ConfigError(ValueError):
@@ -20,6 +24,10 @@ class ConfigError(ValueError):
         return type(self), (self.key, self.value, self.rule, self.remedy)
 
 
+class SweepFailed(Exception):
+    """Jobs of a sweep have failed, and here is which and why, in one line."""
+
+
 @contextmanager
 def refusing_bad_input() -> Iterator[None]:
     """Around a program: a ConfigError becomes its one line, and exit code 2; Ctrl-C ends it quietly with 130."""
@@ -30,3 +38,19 @@ def refusing_bad_input() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def errors_from_hydra() -> None:
+    """Let errors of Hydra reach the program, which says them in one line: Hydra 1.3 would print several, and end it."""
+    os.environ[_FULL] = "1"
+
+
+def wants_traceback() -> bool:
+    """Whether the user asks for more than the line, by Hydra's variable for that."""
+    return _wanted == "1"
+
+
+def user_environment() -> dict[str, str]:
+    """The environment as the user gave it, for a process that is yet to start."""
+    own = {name: value for name, value in os.environ.items() if name != _FULL}
+    return own if _wanted is None else own | {_FULL: _wanted}

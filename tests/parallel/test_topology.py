@@ -133,12 +133,21 @@ def test_ranks_under_slurm():
     assert read_ranks(SLURM | {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}) == (2, 4, 0)  # torchrun inside srun
     batch_script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
     assert read_ranks(batch_script) == (0, 1, 0)
+    interactive = SLURM | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+    assert read_ranks(interactive) == (0, 1, 0)
+    assert read_ranks(SLURM | {"SLURM_STEP_NUM_TASKS": "6"}) == (5, 6, 1)  # srun --ntasks=6 in a job of 8
     ranks = [make_topology(parallelism(), environ=SLURM | {"SLURM_PROCID": str(rank)}) for rank in range(8)]
     places = {rendezvous(topology, SLURM) for topology in ranks}
     assert len(places) == 1
     address, port = places.pop()
     assert address == "gpu003" and 20000 <= port < 40000
     assert rendezvous(ranks[0], SLURM | {"MASTER_ADDR": "here", "MASTER_PORT": "1234"}) == ("here", 1234)
+
+
+def test_a_task_that_slurm_shows_one_gpu_uses_that(monkeypatch):
+    for visible, device in ((1, 0), (4, 1)):  # --gpus-per-task=1, --gpus-per-node=4
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        assert make_topology(parallelism(), "cuda", SLURM).device == torch.device("cuda", device)
 
 
 @pytest.mark.parametrize(

@@ -98,12 +98,12 @@ logger.error("finished")
 """
 
 
-@pytest.mark.timeout(60)
-def test_a_terminal_gets_a_bar_and_the_log_file_stays_plain(tmp_path):
+def on_a_terminal(program: str, *arguments: str) -> tuple[int, str]:
+    """Exit code of a program of Python and what it shows."""
     terminal, end_of_program = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
-    program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], stdout=end_of_program, stderr=end_of_program, env=environment
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdout=end_of_program, stderr=end_of_program, env=environment
     )
     os.close(end_of_program)
     shown = b""
@@ -113,14 +113,35 @@ def test_a_terminal_gets_a_bar_and_the_log_file_stays_plain(tmp_path):
     except OSError:  # Linux's way of saying that the other end is closed
         pass
     os.close(terminal)
-    text = shown.decode()
-    assert program.wait() == 0, text
+    return process.wait(), shown.decode()
+
+
+@pytest.mark.timeout(60)
+def test_a_terminal_gets_a_bar_and_the_log_file_stays_plain(tmp_path):
+    code, text = on_a_terminal(PROGRAM, str(tmp_path))
+    assert code == 0, text
     assert "━" in text and "\x1b[" in text and "step 20/20" in text and "loss 0.4000" in text
     assert text.count("small [2 layers]") == 1 and "validation [bold] loss 3.2" in text and "error: finished" in text
     assert "ETA 0:00\r\nstep" not in text  # the plain lines are not repeated on the terminal
     logged = (tmp_path / "log.txt").read_text()
     assert "\x1b" not in logged and "━" not in logged
     assert "step 20/20  loss 0.4000" in logged and "  model  small [2 layers]" in logged
+
+
+STAGES = """
+from v4train.train.progress import stages
+with stages() as say:
+    say("reading [model]")
+    say("writing")
+"""
+
+
+@pytest.mark.timeout(60)
+def test_stages_are_a_spinner_on_a_terminal_and_lines_elsewhere():
+    code, text = on_a_terminal(STAGES)
+    assert code == 0 and "\x1b[" in text and "reading [model]\n" not in text.replace("\r", "")
+    piped = subprocess.run([sys.executable, "-c", STAGES], capture_output=True, text=True, timeout=50)
+    assert (piped.returncode, piped.stdout, piped.stderr) == (0, "", "reading [model]\nwriting\n")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,8 +67,10 @@ class Exported(NamedTuple):
     rounding: float
 
 
-def export(config: ExportConfig) -> Exported:
+def export(config: ExportConfig, say: Callable[[str], None] = lambda stage: None) -> Exported:
     """Write the directory, load it with transformers, compare, and only then give it its name.
+
+    say: told what is being done.
 
     Raises:
         ConfigError: the run or `out` is no good, transformers has no class for this model (naming the key), or what it
@@ -80,11 +83,13 @@ def export(config: ExportConfig) -> Exported:
     architecture = architecture_for(description)
     architecture.settings(description)  # refuses before weights are read
     tokenizer = Tokenizer.load(directory.tokenizer)
+    say(f"reading {path}")
     model = load_model(path)
     sample = sample_ids(model, tokenizer)
     with torch.no_grad():
         if not torch.isfinite(model(sample).logits).all():
             raise ConfigError("run", config.run, "the model has diverged: its logits are no numbers", OTHER)
+    say(f"writing {config.out}")
     peer = to_hf(model)
     _add_tokens(peer, tokenizer)
     indexed = not set(INDEXED_KINDS).isdisjoint(description.layer_kinds)
@@ -98,6 +103,7 @@ def export(config: ExportConfig) -> Exported:
         peer.save_pretrained(made, max_shard_size=config.max_shard_size)
         del peer
         check_tokenizer(tokenizer, made)
+        say("loading it with transformers and comparing")
         agreement, rounding = verify(model, made, config.dtype, sample)
         checked = str(agreement) + (f"; bf16 weights move a logit by {rounding:.1e} at most" if rounding else "")
         about = (manifest, description, architecture.name, tokenizer, directory.metrics)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -46,8 +46,12 @@ class Imported(NamedTuple):
     arguments: list[str]  # of launch/pretrain.py
 
 
-def import_model(source: str, out: str, overrides: list[str]) -> Imported:
+def import_model(
+    source: str, out: str, overrides: list[str], say: Callable[[str], None] = lambda stage: None
+) -> Imported:
     """Write `out`: a checkpoint of the model in the directory `source`, for a run with these overrides of conf/.
+
+    say: told what is being done.
 
     Raises:
         ConfigError: no such model or tokenizer, `out` is taken, or an override is no good or changes the model's shape.
@@ -62,6 +66,7 @@ def import_model(source: str, out: str, overrides: list[str]) -> Imported:
     own_tokenizer = any(override.startswith("tokenizer.path=") for override in overrides)
     if not own_tokenizer and not (folder / TOKENIZER).is_file():
         raise ConfigError("model", source, f"the folder holds no {TOKENIZER}", f"give tokenizer.path=.../{TOKENIZER}")
+    say(f"reading {source}")
     description, state = from_hf(folder)
     with new_folder(out) as made:
         groups = made / "conf"
@@ -76,7 +81,9 @@ def import_model(source: str, out: str, overrides: list[str]) -> Imported:
         directory = RunDirectory(made)
         directory.prepare(False, checked.resolved)
         path = checked.tokenizer.path if own_tokenizer else str(folder / TOKENIZER)
+        say(f"writing {out}")
         _save(checked, model, directory, path)
+        say("comparing it with what transformers loads")
         agreement = _verify(directory, folder)
     count = sum(parameter.numel() for parameter in model.parameters())
     start = [f"--config-dir={Path(out) / 'conf'}", *needed, f"checkpoint.resume={_quoted(out)}"]

@@ -107,8 +107,12 @@ def make_topology(config: ParallelismConfig, device: str = "cpu", environ: Mappi
 
     device: `cpu` or `cuda`. environ: of this process if None. Raises ConfigError for a layout that cannot run.
     """
-    rank, world_size, local_rank = read_ranks(os.environ if environ is None else environ)
-    place = torch.device("cuda", local_rank) if torch.device(device).type == "cuda" else torch.device(device)
+    environ = os.environ if environ is None else environ
+    rank, world_size, local_rank = read_ranks(environ)
+    place = torch.device(device)
+    if place.type == "cuda":
+        only_own = _launched_by_srun(environ) and torch.cuda.device_count() == 1  # with srun --gpus-per-task=1
+        place = torch.device("cuda", 0 if only_own else local_rank)
     return Topology(rank, local_rank, check_layout(config, world_size), place)
 
 
@@ -161,12 +165,13 @@ def _refuse_sizes(given: Mapping[str, int | None], world_size: int) -> None:
 def read_ranks(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun or srun set them; plain `python` is a world of one.
 
-    srun is recognised by SLURM_STEP_ID: an sbatch script has the other variables too, but is a single process.
+    srun is recognised by SLURM_STEP_ID: an sbatch script has the other variables too, but is a single process. So is
+    the shell of an interactive job, a step of one task in a job of several.
     """
     if "RANK" in environ:
         return int(environ["RANK"]), int(environ.get("WORLD_SIZE", "1")), int(environ.get("LOCAL_RANK", "0"))
     if _launched_by_srun(environ):
-        return int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]), int(environ["SLURM_LOCALID"])
+        return int(environ["SLURM_PROCID"]), _srun_tasks(environ), int(environ["SLURM_LOCALID"])
     return 0, 1, 0
 
 
@@ -232,7 +237,12 @@ def _export(topology: Topology, environ: MutableMapping[str, str]) -> None:
 
 
 def _launched_by_srun(environ: Mapping[str, str]) -> bool:
-    return "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1
+    return "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ and _srun_tasks(environ) > 1
+
+
+def _srun_tasks(environ: Mapping[str, str]) -> int:
+    """Tasks of this step; SLURM_NTASKS may be the whole job's."""
+    return int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1"))
 
 
 def _free_port() -> int:

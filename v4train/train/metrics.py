@@ -115,6 +115,15 @@ def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
     durable.replace(Path(path), _to_json(summary, indent=2).encode() + b"\n")
 
 
+def read_summary(path: str | Path) -> dict[str, Any]:
+    """What `write_summary` has written.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    return _restore_floats(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
 def _lines_up_to(path: Path, step: int) -> Iterator[bytes]:
     with path.open("rb") as file:
         for line in file:

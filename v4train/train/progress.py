@@ -7,7 +7,8 @@ table, the bar); such a record is marked as drawn and only log.txt takes it.
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich import box, progress
@@ -133,6 +134,20 @@ class Progress:
         new_tenth = step * 10 // self.total_steps > last_step * 10 // self.total_steps
         is_first = self._first is not None and self._first == (step, now)
         return is_first or new_tenth or step >= self.total_steps or now - last_time >= PLAIN_LINE_SECONDS
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """For a program whose work has parts of unknown length: gives what says which one begins.
+
+    On a terminal a spinner shows it, elsewhere it is a line; both on standard error.
+    """
+    errors = Console(stderr=True)
+    if not sys.stderr.isatty() or errors.is_dumb_terminal:
+        yield lambda text: print(text, file=sys.stderr, flush=True)
+        return
+    with errors.status("") as status:
+        yield lambda text: status.update(Text(text))
 
 
 def format_duration(seconds: float) -> str:

@@ -1,0 +1,51 @@
+"""What is asked of SLURM, where there is none. With one: tests/launch/test_slurm.py."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from v4train.errors import ConfigError
+from v4train.launching.slurm import SlurmConfig, check_installed, parameters
+from v4train.overrides import config_dir
+
+
+def config(**overrides) -> SlurmConfig:
+    values = OmegaConf.to_container(OmegaConf.load(config_dir() / "hydra" / "launcher" / "slurm.yaml"))
+    del values["_target_"]
+    return SlurmConfig(**(values | overrides))
+
+
+def test_what_is_not_set_is_left_to_the_cluster():
+    made = parameters(config())
+    assert made == {
+        "job_name": "v4train",
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "time": 60,
+        "array_parallelism": 256,
+        "setup": ["unset HYDRA_FULL_ERROR"],
+        "additional_parameters": {"signal": "USR1@120", "requeue": True},
+    }
+
+
+def test_options_have_the_names_of_sbatch():
+    more = {"nodes": 4, "tasks_per_node": 8, "gpus_per_node": 8, "cpus_per_task": 12, "mem_gb": 900, "partition": "gpu"}
+    made = parameters(config(**more, timeout_min=1440, additional_parameters={"mail-type": "END", "signal": "USR1@30"}))
+    wanted = {"ntasks_per_node": 8, "gpus_per_node": 8, "cpus_per_task": 12, "mem": "900GB", "time": 1440}
+    assert wanted.items() <= made.items()
+    assert made["additional_parameters"] == {"signal": "USR1@30", "requeue": True, "mail-type": "END"}
+    assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK" in made["setup"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "rule"),
+    [({"nodes": 0}, "at least 1"), ({"timeout_min": 2, "signal_delay_s": 120}, "told to save before it begins")],
+)
+def test_bad_options_are_refused(bad, rule):
+    with pytest.raises(ConfigError, match=f"hydra.launcher.{list(bad)[-1]}=.*{rule}"):
+        config(**bad)
+
+
+def test_a_machine_without_slurm_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="hydra/launcher=slurm: there is no sbatch here"):
+        check_installed()

@@ -1,0 +1,98 @@
+"""The command line of a run: where the configuration lies, what is named after it, and what is wrong with it.
+
+Nothing heavy is imported here, so that help, completion and a misspelt key don't wait for PyTorch.
+"""
+
+import difflib
+import hashlib
+import importlib.resources
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+from v4train.errors import ConfigError
+
+# Overrides that say how or where to run, not what: they stay out of a run's default name.
+UNNAMED = re.compile(
+    r"^[+~]*(model=|run\.|checkpoint|tracking|device=|compile=|hydra|tokenizer\.cache_dir"
+    r"|train\.(stop_at_step|max_minutes|recompute|profile)=)"
+)
+NAME_LENGTH = 120  # longer default names are cut and end in a hash
+EXTRAS = {("hydra/sweeper", "optuna"): "optuna"}  # options that come with packages we don't require
+
+
+def config_dir() -> Path:
+    """Folder of the YAML files, inside the installed package."""
+    return Path(str(importlib.resources.files("v4train") / "conf"))
+
+
+def complete(config: DictConfig, overrides: list[str]) -> None:
+    """Fill in what depends on the command line: the run's default name."""
+    if config.run.name is None:
+        config.run.name = default_run_name(str(config.model.name), overrides)
+
+
+def default_run_name(model: str, overrides: list[str]) -> str:
+    """Name from the model and the overrides, never the clock, so that the same command continues the same run."""
+    named = sorted(override for override in overrides if not UNNAMED.match(override))
+    name = re.sub(r"[^\w.=+-]+", "-", "_".join([model, *named])).strip("-")
+    if len(name) > NAME_LENGTH:
+        name = f"{name[: NAME_LENGTH - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def sweep_name(model: str, overrides: Sequence[str]) -> str:
+    """Name of a sweep from its overrides, models that it varies included: the same command continues the same sweep."""
+    swept = [override.partition("=")[2] for override in overrides if re.match(r"model=.*,", override)]
+    return default_run_name(swept[0] if swept else model, list(overrides))
+
+
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)  # hydra.sweep.dir in conf/pretrain.yaml
+
+
+def explain(error: Exception) -> ConfigError:
+    """What Hydra or OmegaConf complain of while composing, as one line with the nearest name that exists."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = [name for name in error.options or [] if not name.startswith("_")]
+        near = difflib.get_close_matches(option, options, n=1)
+        remedy = f"{f'did you mean {near[0]}? ' if near else ''}choose one of {', '.join(options)}"
+        extra = EXTRAS.get((group, option))
+        if extra:
+            remedy = f"pip install 'v4train[{extra}]'"
+        return ConfigError(group, option, "there is no such option", remedy)
+    if isinstance(error, OverrideParseException):
+        return ConfigError("override", error.override, "Hydra can't read it", "write key=value, quoted for the shell")
+    if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*?)'", text):
+        key, values = match.groups()
+        return ConfigError(key, values, "several values", f"write {key}=[{values}] for a list; -m runs each of them")
+    match = re.search(r"Could not override '([^']+)'", text)
+    if isinstance(error, ConfigCompositionException) and match:
+        key = match.group(1).partition("@")[0]
+        if key.startswith("parallelism.deepspeed"):
+            return ConfigError(key, "?", "keys passed through to DeepSpeed are added", f"write +{key}.<key>=<value>")
+        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.7)
+        return ConfigError(key, "?", "unknown key", f"did you mean {near[0]}?" if near else "conf/ shows all keys")
+    return ConfigError("config", "?", text, "conf/ shows all keys")
+
+
+def _known_keys() -> set[str]:
+    """Every key that can be set, of Hydra's own and of all launchers too."""
+    keys: set[str] = set()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        for launcher in ("local", "slurm"):
+            config = compose("pretrain", [f"hydra/launcher={launcher}"], return_hydra_config=True)
+            keys.update(_keys(OmegaConf.to_container(config, resolve=False), ""))
+    return keys
+
+
+def _keys(values: dict, prefix: str) -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
