@@ -35,7 +35,7 @@ from v4train.train.tracking import TrackingConfig
 # Overrides that say how or where to run, not what: they stay out of a run's default name.
 UNNAMED = re.compile(
     r"^[+~]*(model=|run\.|checkpoint|tracking|device=|compile=|hydra|tokenizer\.cache_dir"
-    r"|train\.(stop_at_step|max_minutes|recompute|profile)=)"
+    r"|train\.(stop_at_step|max_minutes|recompute|profile|layers_every|hang_timeout|deterministic)=)"
 )
 NAME_LENGTH = 120  # longer default names are cut and end in a hash
 PRECISIONS = ("fp32", "bf16")
@@ -70,13 +70,16 @@ class TrainConfig:
     attention_mode: str
     grad_clip: float
     recompute: str
+    deterministic: bool
     log_every: int
+    layers_every: int
     validate_every: int
     validation_tokens: int
     sample_prompt: str
     sample_tokens: int
     sample_temperature: float
     profile: list[int] | None
+    hang_timeout: float
 
     @property
     def tokens_per_step(self) -> int:
@@ -235,7 +238,8 @@ def _check_train(train: TrainConfig, data_size: int) -> None:
     for key in ("global_batch_size", "sequence_length", "log_every"):
         if getattr(train, key) < 1:
             refuse(key, "it must be at least 1", "choose a positive number")
-    for key in ("validate_every", "validation_tokens", "grad_clip", "sample_tokens", "sample_temperature"):
+    free = ("validate_every", "layers_every", "validation_tokens", "grad_clip", "sample_tokens", "sample_temperature")
+    for key in (*free, "hang_timeout"):
         if not getattr(train, key) >= 0:  # NaN too
             refuse(key, "it can't be negative", "use 0 to switch it off")
     for key in ("max_steps", "max_tokens", "stop_at_step", "micro_batch_size"):

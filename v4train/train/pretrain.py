@@ -2,6 +2,7 @@
 
 import logging
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from v4train.report.loss import loss_plot
 from v4train.report.page import PAGE
 from v4train.train import checkpoint
 from v4train.train.allocator import keep_freed_memory
+from v4train.train.deterministic import make_deterministic
 from v4train.train.distributed import gathered
 from v4train.train.lost_ranks import give_up, is_lost_peer
 from v4train.train.metrics import read_metrics, write_summary
@@ -39,7 +41,10 @@ logger = logging.getLogger("v4train")
 
 def pretrain(settings: Settings) -> dict[str, float]:
     """Join the process group, run, leave it: a whole program on this rank. See `run`."""
-    start_distributed(settings.topology)
+    if settings.train.deterministic:
+        make_deterministic()
+    # A collective's own end, which leaves no stacks, comes after that by the watch
+    start_distributed(settings.topology, timedelta(seconds=max(1800, 2 * settings.train.hang_timeout)))
     try:
         return run(settings)
     except RuntimeError as error:
@@ -74,8 +79,15 @@ def run(settings: Settings) -> dict[str, float]:
         return reader.manifest["state"]["validation"]
     trainer = make_trainer(settings, directory, reader, deadline)
     _show_start(trainer, start, time.perf_counter() - started)
-    trainer.fit()
-    return _finish(trainer)
+    try:
+        trainer.fit()
+        figures = _finish(trainer)
+    except BaseException as error:
+        stopped = isinstance(error, SystemExit) and error.code == REQUEUE
+        trainer.heartbeat.beat(trainer.step, "stopped" if stopped else "failed")
+        raise
+    trainer.heartbeat.beat(trainer.step, "finished" if trainer.finished else "stopped")
+    return figures
 
 
 def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:
@@ -186,7 +198,7 @@ def _shown_source(source: Source) -> str:
 
 def _finish(trainer: Trainer) -> dict[str, float]:
     """Sample, plot, summary and the closing lines, unless the run only paused; returns the final figures."""
-    if trainer.step < trainer.train.total_steps and not trainer.dry:
+    if not trainer.finished:
         trainer.tracker.finish()
         if trainer.interrupted:
             gathered(None)  # rank 0 has done its last: torchrun ends all ranks with the first

@@ -40,6 +40,8 @@ class RunDirectory:
         self.report = self.path / "report"
         self.loss_plot = self.report / "loss.png"
         self.profile = self.path / "profile"
+        self.heartbeat = self.path / "heartbeat.json"
+        self.stacks = self.path / "stacks"
 
     def find_start(self, resume: str, overwrite: bool, resolved: dict[str, Any]) -> Path | None:
         """Checkpoint to start from, or None for a new run. Looks only; `prepare` writes.
