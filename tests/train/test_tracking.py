@@ -4,8 +4,10 @@ import base64
 import hashlib
 import json
 import logging
+import os
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import wandb
 from wandb.util import get_core_path
 
 import v4train
+from tests.train.wandb_service import Service
 from v4train.errors import ConfigError
 from v4train.train.tracking import Tracker, TrackingConfig
 
@@ -189,6 +192,41 @@ def test_a_service_that_is_away_costs_a_little_time_and_no_data(answers, tmp_pat
     assert [row["loss"] for row in history(read_run(offline_files(tmp_path)[-1]))] == [1.0]
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or FAKE_KEY[:40].encode() not in path.read_bytes()
+
+
+def test_a_service_that_goes_away_ends_nothing_and_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY[:40])
+    with Service() as service:
+        monkeypatch.setenv("WANDB_BASE_URL", service.url)
+        tracker = Tracker(tracking_config(mode="online", timeout=3), tmp_path, "name", CONFIG, run_id=None)
+        assert tracker.location.startswith(service.url)
+        tracker.log({"loss": 1.0}, step=1)
+        tracker.log({"loss": 2.0}, step=2)
+        assert service.came.wait(40)
+        assert service.rows[tracker.run_id][0]["loss"] == 1.0
+    started = time.monotonic()
+    tracker.log({"loss": 3.0}, step=3)
+    assert time.monotonic() - started < 1
+    tracker.finish()
+    assert time.monotonic() - started < 20
+    (file,) = tmp_path.glob("wandb/run-*/run-*.wandb")
+    assert [row["loss"] for row in history(read_run(file))] == [1.0, 2.0, 3.0]
+
+
+def test_an_offline_run_is_sent_by_wandb_sync(tmp_path, monkeypatch):
+    """Two parts, as of a requeued run."""
+    tracker = None
+    for step in (1, 2):
+        tracker = Tracker(tracking_config(), tmp_path, "name", CONFIG, tracker and tracker.run_id)
+        tracker.log({"loss": 1.0 / step}, step=step)
+        tracker.finish()
+    with Service() as service:
+        where = {"WANDB_BASE_URL": service.url, "WANDB_API_KEY": FAKE_KEY[:40], "WANDB_ERROR_REPORTING": "false"}
+        sync = [sys.executable, "-m", "wandb", "sync", *map(str, sorted(tmp_path.glob("wandb/offline-run-*")))]
+        done = subprocess.run(sync, env=os.environ | where, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert tracker.run_id in service.rows, done.stdout + done.stderr
+    assert {row["step"]: row["loss"] for row in service.rows[tracker.run_id]} == {1: 1.0, 2: 0.5}
 
 
 def test_disabled_writes_nothing_and_keeps_the_id(tmp_path, monkeypatch):
