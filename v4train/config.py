@@ -61,13 +61,16 @@ class TrainConfig:
     attention_mode: str
     grad_clip: float
     recompute: str
+    deterministic: bool
     log_every: int
+    layers_every: int
     validate_every: int
     validation_tokens: int
     sample_prompt: str
     sample_tokens: int
     sample_temperature: float
     profile: list[int] | None
+    hang_timeout: float
 
     @property
     def tokens_per_step(self) -> int:
@@ -206,7 +209,8 @@ def _check_train(train: TrainConfig, data_size: int) -> None:
     for key in ("global_batch_size", "sequence_length", "log_every"):
         if getattr(train, key) < 1:
             refuse(key, "it must be at least 1", "choose a positive number")
-    for key in ("validate_every", "validation_tokens", "grad_clip", "sample_tokens", "sample_temperature"):
+    free = ("validate_every", "layers_every", "validation_tokens", "grad_clip", "sample_tokens", "sample_temperature")
+    for key in (*free, "hang_timeout"):
         if not getattr(train, key) >= 0:  # NaN too
             refuse(key, "it can't be negative", "use 0 to switch it off")
     for key in ("max_steps", "max_tokens", "stop_at_step", "micro_batch_size"):

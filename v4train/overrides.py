@@ -19,7 +19,7 @@ from v4train.errors import ConfigError
 # Overrides that say how or where to run, not what: they stay out of a run's default name.
 UNNAMED = re.compile(
     r"^[+~]*(model=|run\.|checkpoint|tracking|device=|compile=|hydra|tokenizer\.cache_dir"
-    r"|train\.(stop_at_step|max_minutes|recompute|profile)=)"
+    r"|train\.(stop_at_step|max_minutes|recompute|profile|layers_every|hang_timeout|deterministic)=)"
 )
 NAME_LENGTH = 120  # longer default names are cut and end in a hash
 EXTRAS = {("hydra/sweeper", "optuna"): "optuna"}  # options that come with packages we don't require

@@ -1,8 +1,14 @@
-"""An offline run is read back from its file with W&B's own record definition, as `wandb sync` would send it."""
+"""An offline run is read back by W&B's own reader, `wandb-core leet inspect`, as `wandb sync` would send it."""
 
+import base64
+import hashlib
 import json
 import logging
-import struct
+import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import matplotlib.image
@@ -11,9 +17,10 @@ import omegaconf
 import psutil
 import pytest
 import wandb
-from wandb.proto import wandb_internal_pb2
+from wandb.util import get_core_path
 
 import v4train
+from tests.train.wandb_service import Service
 from v4train.errors import ConfigError
 from v4train.train.tracking import Tracker, TrackingConfig
 
@@ -23,33 +30,24 @@ FAKE_KEY = "0123456789abcdef" * 3
 
 def tracking_config(**changes) -> TrackingConfig:
     shipped = omegaconf.OmegaConf.load(Path(v4train.__file__).parent / "conf" / "tracking" / "wandb.yaml")
-    return TrackingConfig(**{**omegaconf.OmegaConf.to_container(shipped), "system_metrics": False, **changes})
+    return TrackingConfig(
+        **{**omegaconf.OmegaConf.to_container(shipped, resolve=True), "system_metrics": False} | changes
+    )
 
 
-def read_run(path: Path) -> list[wandb_internal_pb2.Record]:
-    """The records of a .wandb file: a 7-byte header, then the LevelDB log format (32 KiB blocks; crc, length, type)."""
-    data, position, records, pending = path.read_bytes(), 7, [], b""
-    assert data[:4] == b":W&B"
-    while position < len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        pending += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            records.append(wandb_internal_pb2.Record.FromString(pending))
-            pending = b""
-    return records
+def read_run(path: Path) -> list[dict]:
+    """The records of a .wandb file, each {"type": t, t: {...}}."""
+    reader = [get_core_path(), "leet", "inspect", "-no-observability", "-json", "-run-file", str(path)]
+    lines = subprocess.run(reader, capture_output=True, check=True, text=True, timeout=60).stdout.splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def history(records) -> list[dict]:
-    rows = []
-    for record in records:
-        if record.WhichOneof("record_type") == "history":
-            rows.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
-    return rows
+def of_type(records: list[dict], kind: str) -> list[dict]:
+    return [record[kind] for record in records if record["type"] == kind]
+
+
+def history(records: list[dict]) -> list[dict]:
+    return [row["item"] for row in of_type(records, "history")]
 
 
 def offline_files(run_dir: Path) -> list[Path]:
@@ -66,10 +64,12 @@ def test_offline_run_holds_config_metrics_table_and_picture(tmp_path, monkeypatc
     matplotlib.image.imsave(picture, np.zeros((4, 4, 3)))
     run_dir = tmp_path / "runs" / "small"
 
-    tracker = Tracker(tracking_config(tags=["a"], notes="why"), run_dir, "small", CONFIG, run_id=None)
+    shown = {"group": "sweep", "job_type": "pretrain", "tags": ["a"], "notes": "why"}
+    tracker = Tracker(tracking_config(**shown), run_dir, "small", CONFIG, run_id=None)
     assert Path(tracker.location).parent == run_dir / "wandb"
     for step in (1, 2):
-        tracker.log({"loss": 5.0 / step, "tokens": 512 * step, "mfu": None, "data_tokens": {"a": 1}}, step=step)
+        figures = {"loss": 5.0 / step, "tokens": 512 * step, "mfu": None, "data_tokens": {"a": 1}, "load": {"x": [1]}}
+        tracker.log(figures, step=step)
     tracker.table("samples", ["prompt", "text"], [("def", "def f(): pass")], step=2)
     tracker.image("loss_plot", picture, step=2)
     tracker.summary({"final_loss": 2.5})
@@ -78,24 +78,27 @@ def test_offline_run_holds_config_metrics_table_and_picture(tmp_path, monkeypatc
 
     (file,) = offline_files(run_dir)
     records = read_run(file)
-    run = next(r.run for r in records if r.WhichOneof("record_type") == "run")
-    assert (run.run_id, run.display_name, run.project) == (tracker.run_id, "small", "v4train")
-    assert list(run.tags) == ["a"] and run.notes == "why"
-    config = {update.key: json.loads(update.value_json) for update in run.config.update}
+    run = of_type(records, "run")[0]
+    assert (run["run_id"], run["display_name"], run["project"]) == (tracker.run_id, "small", "v4train")
+    assert (run["run_group"], run["job_type"], run["tags"], run["notes"]) == ("sweep", "pretrain", ["a"], "why")
+    config = run["config"]["update"]
     assert {key: config[key] for key in CONFIG} == CONFIG
 
     rows = history(records)
     assert [(row["step"], row["loss"], row["tokens"]) for row in rows[:2]] == [(1, 5.0, 512), (2, 2.5, 1024)]
-    assert rows[0]["data_tokens.a"] == 1 and "mfu" not in rows[0]
+    assert rows[0]["data_tokens.a"] == 1 and not {"mfu", "load", "load.x"} & rows[0].keys()
     assert len(rows) == 4 and {row["step"] for row in rows[2:]} == {2}
+    assert rows[2]["samples._type"] == "table-file" and rows[3]["loss_plot._type"] == "image-file"
     table = next(file.parent.glob("files/media/table/*.json"))
     assert json.loads(table.read_text()) == {"columns": ["prompt", "text"], "data": [["def", "def f(): pass"]]}
-    assert len(list(file.parent.glob("files/media/images/*.png"))) == 1
+    assert (file.parent / "files" / rows[3]["loss_plot.path"]).read_bytes() == picture.read_bytes()
 
-    metrics = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
-    assert any(metric.glob_name == "*" and metric.step_metric == "step" for metric in metrics)
-    summaries = {u.key: u.value_json for r in records for u in r.summary.update}
-    assert summaries["final_loss"] == "2.5"
+    axes = {m.get("name", m.get("glob_name")): m.get("step_metric") for m in of_type(records, "metric")}
+    by_tokens = {"val_loss": "tokens", "val_bits_per_byte": "tokens"}
+    assert axes == {"step": None, "*": "step", "tokens": "step"} | by_tokens
+    summaries = [update["update"] for update in of_type(records, "summary") if "update" in update]
+    assert {"final_loss": 2.5}.items() <= {key: x[key] for x in summaries for key in x}.items()
+    assert of_type(records, "exit")[0]["exit_code"] == 0
 
     assert capfd.readouterr() == ("", "")
     for path in run_dir.rglob("*"):
@@ -111,6 +114,119 @@ def test_a_resumed_run_keeps_its_id_and_may_go_back_a_step(tmp_path):
     second.finish()
     assert second.run_id == first.run_id
     assert [[row["step"] for row in history(read_run(file))] for file in offline_files(tmp_path)] == [[10], [6]]
+
+
+def test_a_run_started_again_before_its_first_checkpoint_is_the_same_run(tmp_path):
+    ids = []
+    for name in ("here", "here", "elsewhere"):
+        tracker = Tracker(tracking_config(), tmp_path / name, "name", CONFIG, run_id=None)
+        tracker.finish()
+        ids.append(tracker.run_id)
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_system_metrics_are_sampled_if_asked_for(tmp_path):
+    for wanted in (True, False):
+        tracker = Tracker(tracking_config(system_metrics=wanted), tmp_path / str(wanted), "name", CONFIG, run_id=None)
+        tracker.finish()
+        stats = of_type(read_run(offline_files(tmp_path / str(wanted))[0]), "stats")
+        assert bool(stats) == wanted
+
+
+def test_artifacts_are_kept_if_asked_for(tmp_path):
+    checkpoint, tokenizer = tmp_path / "step_00000007", tmp_path / "tokenizer.json"
+    checkpoint.mkdir()
+    (checkpoint / "weight-00000.safetensors").write_bytes(b"weights")
+    (checkpoint / "manifest.json").write_text("{}")
+    tokenizer.write_text("{}")
+    kept = {}
+    for asked in (["checkpoint", "tokenizer"], ["tokenizer"]):
+        folder = tmp_path / "-".join(asked)
+        tracker = Tracker(tracking_config(artifacts=asked), folder, "a=1,b", CONFIG, run_id=None)
+        tracker.artifact("checkpoint", checkpoint, step=7)
+        tracker.artifact("tokenizer", tokenizer, step=7)
+        tracker.finish()
+        kept[len(asked)] = of_type(read_run(offline_files(folder)[0]), "artifact")
+    assert [(artifact["name"], artifact["type"]) for artifact in kept[2]] == [
+        ("a-1-b-checkpoint", "model"),
+        ("a-1-b-tokenizer", "tokenizer"),
+    ]
+    assert [artifact["name"] for artifact in kept[1]] == ["a-1-b-tokenizer"]
+    model = kept[2][0]
+    assert set(model["aliases"]) == {"latest", "step-7"}
+    contents = {entry["path"]: entry for entry in model["manifest"]["contents"]}
+    assert set(contents) == {"weight-00000.safetensors", "manifest.json"}
+    weights = contents["weight-00000.safetensors"]
+    assert Path(weights["local_path"]) == checkpoint / "weight-00000.safetensors"  # not a copy
+    assert base64.b64decode(weights["digest"]) == hashlib.md5(b"weights").digest()
+
+
+def test_variables_of_wandb_hold_where_the_configuration_says_nothing(tmp_path, monkeypatch):
+    for name, value in {"PROJECT": "mine", "RUN_GROUP": "seeds", "TAGS": "x,y", "NOTES": "from outside"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    tracker = Tracker(tracking_config(), tmp_path, "name", CONFIG, run_id=None)
+    tracker.finish()
+    run = of_type(read_run(offline_files(tmp_path)[0]), "run")[0]
+    assert (run["project"], run["run_group"], run["notes"]) == ("mine", "seeds", "from outside")
+    assert sorted(run["tags"]) == ["x", "y"]
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_service_that_is_away_costs_a_little_time_and_no_data(answers, tmp_path, monkeypatch, caplog):
+    """A port that refuses, and one that takes calls and never says a word."""
+    with socket.socket() as service:
+        service.bind(("127.0.0.1", 0))
+        if answers:
+            service.listen()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{service.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY[:40])
+        started = time.monotonic()
+        with caplog.at_level(logging.WARNING, "v4train"):
+            tracker = Tracker(tracking_config(mode="online", timeout=2), tmp_path, "name", CONFIG, run_id=None)
+            tracker.log({"loss": 1.0}, step=1)
+            tracker.finish()
+        assert time.monotonic() - started < 20
+    (warning,) = warnings(caplog)
+    assert "tracked offline" in warning
+    assert "offline-run" in str(offline_files(tmp_path)[-1])
+    assert [row["loss"] for row in history(read_run(offline_files(tmp_path)[-1]))] == [1.0]
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or FAKE_KEY[:40].encode() not in path.read_bytes()
+
+
+def test_a_service_that_goes_away_ends_nothing_and_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY[:40])
+    with Service() as service:
+        monkeypatch.setenv("WANDB_BASE_URL", service.url)
+        tracker = Tracker(tracking_config(mode="online", timeout=3), tmp_path, "name", CONFIG, run_id=None)
+        assert tracker.location.startswith(service.url)
+        tracker.log({"loss": 1.0}, step=1)
+        tracker.log({"loss": 2.0}, step=2)
+        assert service.came.wait(40)
+        assert service.rows[tracker.run_id][0]["loss"] == 1.0
+    started = time.monotonic()
+    tracker.log({"loss": 3.0}, step=3)
+    assert time.monotonic() - started < 1
+    tracker.finish()
+    assert time.monotonic() - started < 20
+    (file,) = tmp_path.glob("wandb/run-*/run-*.wandb")
+    assert [row["loss"] for row in history(read_run(file))] == [1.0, 2.0, 3.0]
+
+
+def test_an_offline_run_is_sent_by_wandb_sync(tmp_path, monkeypatch):
+    """Two parts, as of a requeued run."""
+    tracker = None
+    for step in (1, 2):
+        tracker = Tracker(tracking_config(), tmp_path, "name", CONFIG, tracker and tracker.run_id)
+        tracker.log({"loss": 1.0 / step}, step=step)
+        tracker.finish()
+    with Service() as service:
+        where = {"WANDB_BASE_URL": service.url, "WANDB_API_KEY": FAKE_KEY[:40], "WANDB_ERROR_REPORTING": "false"}
+        sync = [sys.executable, "-m", "wandb", "sync", *map(str, sorted(tmp_path.glob("wandb/offline-run-*")))]
+        done = subprocess.run(sync, env=os.environ | where, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert tracker.run_id in service.rows, done.stdout + done.stderr
+    assert {row["step"]: row["loss"] for row in service.rows[tracker.run_id]} == {1: 1.0, 2: 0.5}
 
 
 def test_disabled_writes_nothing_and_keeps_the_id(tmp_path, monkeypatch):
@@ -157,6 +273,11 @@ def test_the_helper_process_is_told_not_to_report_to_its_makers(tmp_path):
     tracker.finish()
     helpers = [command for command in commands if "wandb-core" in command[0]]
     assert helpers and all("--no-observability" in command for command in helpers)
+
+
+def test_an_unknown_artifact_is_refused():
+    with pytest.raises(ConfigError, match="tracking.artifacts=weights: .*checkpoint, tokenizer"):
+        tracking_config(artifacts=["weights"])
 
 
 def test_an_unknown_mode_is_refused():

@@ -119,6 +119,19 @@ class Engine:
         copies = "expert_replica" if group.is_part("expert") else "replica"
         return stage > 0 or not topology.index(copies)  # ZeRO has no copies of a gradient
 
+    def time_parts(self, timed: Callable[[str, Callable], Callable]) -> None:
+        """Have what a step consists of run as `timed` makes it of (part, function): forward, backward and, of the
+        optimizer, Muon's updates, which ZeRO 1-2 make within the last backward pass."""
+        from deepspeed.runtime.zero.muon import original_muon
+
+        if any(self._use_muon.values()):
+            original_muon.muon_update = timed("optimizer", original_muon.muon_update)
+        self._time_passes(timed)
+
+    def _time_passes(self, timed: Callable[[str, Callable], Callable]) -> None:
+        for name in ("forward", "backward"):
+            setattr(self._engine, name, timed(name, getattr(self._engine, name)))
+
     def freeze(self, groups: Iterable[str]) -> None:
         """From the next step on, until the next call, leave these groups alone, by `ParameterGroup.name`.
 

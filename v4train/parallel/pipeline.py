@@ -57,6 +57,14 @@ class PipelineEngine(Engine):
         }
         return made
 
+    def _time_passes(self, timed: Callable[[str, Callable], Callable]) -> None:
+        from deepspeed.runtime.pipe import schedule
+
+        instructions = self._engine._INSTRUCTION_MAP
+        of_backward = (schedule.BackwardPass, schedule.ReduceTiedGrads, schedule.ReduceGrads)
+        for kind, name in ((schedule.ForwardPass, "forward"), *((kind, "backward") for kind in of_backward)):
+            instructions[kind] = timed(name, instructions[kind])
+
     def train(self, batches: Sequence[Batch]) -> Recorded:
         self._begun = True
         if batches[0].input_ids.shape != self._shape:

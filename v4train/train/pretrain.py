@@ -2,6 +2,7 @@
 
 import logging
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,12 +20,15 @@ from v4train.parallel.engine import Engine
 from v4train.parallel.layout import Layout
 from v4train.parallel.pipeline import PipelineEngine
 from v4train.parallel.topology import start_distributed, stop_distributed
+from v4train.report import report
+from v4train.report.loss import loss_plot
+from v4train.report.page import PAGE
 from v4train.train import checkpoint
 from v4train.train.allocator import keep_freed_memory
+from v4train.train.deterministic import make_deterministic
 from v4train.train.distributed import gathered
 from v4train.train.lost_ranks import give_up, is_lost_peer
 from v4train.train.metrics import read_metrics, write_summary
-from v4train.train.plots import loss_plot
 from v4train.train.progress import setup_logging, start_table
 from v4train.train.run_directory import RunDirectory
 from v4train.train.sample import generate
@@ -37,7 +41,10 @@ logger = logging.getLogger("v4train")
 
 def pretrain(settings: Settings) -> dict[str, float]:
     """Join the process group, run, leave it: a whole program on this rank. See `run`."""
-    start_distributed(settings.topology)
+    if settings.train.deterministic:
+        make_deterministic()
+    # A collective's own end, which leaves no stacks, comes after that by the watch
+    start_distributed(settings.topology, timedelta(seconds=max(1800, 2 * settings.train.hang_timeout)))
     try:
         return run(settings)
     except RuntimeError as error:
@@ -72,8 +79,15 @@ def run(settings: Settings) -> dict[str, float]:
         return reader.manifest["state"]["validation"]
     trainer = make_trainer(settings, directory, reader, deadline)
     _show_start(trainer, start, time.perf_counter() - started)
-    trainer.fit()
-    return _finish(trainer)
+    try:
+        trainer.fit()
+        figures = _finish(trainer)
+    except BaseException as error:
+        stopped = isinstance(error, SystemExit) and error.code == REQUEUE
+        trainer.heartbeat.beat(trainer.step, "stopped" if stopped else "failed")
+        raise
+    trainer.heartbeat.beat(trainer.step, "finished" if trainer.finished else "stopped")
+    return figures
 
 
 def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:
@@ -184,7 +198,7 @@ def _shown_source(source: Source) -> str:
 
 def _finish(trainer: Trainer) -> dict[str, float]:
     """Sample, plot, summary and the closing lines, unless the run only paused; returns the final figures."""
-    if trainer.step < trainer.train.total_steps and not trainer.dry:
+    if not trainer.finished:
         trainer.tracker.finish()
         if trainer.interrupted:
             gathered(None)  # rank 0 has done its last: torchrun ends all ranks with the first
@@ -199,9 +213,10 @@ def _finish(trainer: Trainer) -> dict[str, float]:
     }
     if trainer.topology.rank == 0:
         directory = trainer.directory
-        with durable.optional(directory.loss_plot):
-            _plot(trainer)
+        _report(trainer)
         trainer.tracker.summary(summary)
+        trainer.tracker.artifact("checkpoint", directory.checkpoints / f"step_{trainer.step:08d}", trainer.step)
+        trainer.tracker.artifact("tokenizer", directory.tokenizer, trainer.step)
         _show_end(trainer, text)
         with durable.optional(directory.summary):
             write_summary(directory.summary, summary)  # last: a run that has one is finished
@@ -209,14 +224,17 @@ def _finish(trainer: Trainer) -> dict[str, float]:
     return trainer.validation
 
 
-def _plot(trainer: Trainer) -> None:
-    path, entropy = trainer.directory.loss_plot, trainer.validation["unigram_entropy"]
+def _report(trainer: Trainer) -> None:
+    """Page and pictures under report/, and the pictures to W&B. A run is never lost for them."""
+    directory = trainer.directory
     try:
-        loss_plot(read_metrics(trainer.directory.metrics), path, trainer.settings.run.name, entropy)
-    except ValueError as error:  # no finite loss: the run diverged, and its summary says so
-        logger.warning("no loss plot: %s", error)
-    else:
-        trainer.tracker.image("loss_plot", path, trainer.step)
+        report(directory.path, directory.report)
+        entropy = trainer.validation["unigram_entropy"]
+        loss_plot(read_metrics(directory.metrics), directory.loss_plot, trainer.settings.run.name, entropy)
+    except Exception as error:  # a full disk, or a diverged run that has no finite loss
+        logger.warning("%s is not complete: %s", directory.report, " ".join(str(error).split()))
+    for picture in sorted(directory.report.glob("*.png")):
+        trainer.tracker.image(f"report/{picture.stem}", picture, trainer.step)
 
 
 def _sample(trainer: Trainer) -> str:
@@ -242,7 +260,7 @@ def _show_end(trainer: Trainer, text: str) -> None:
     figures = trainer.validation
     if text:
         logger.info("sample:\n%s", text)
-    logger.info("loss plot: %s", trainer.directory.loss_plot)
+    logger.info("report: %s", trainer.directory.report / PAGE)
     logger.info(
         "final validation loss %.4f nats/token (%.4f bits/byte): %.4f below the unigram entropy %.4f of its tokens",
         figures["val_loss"],

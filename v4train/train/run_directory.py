@@ -37,8 +37,11 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples.txt"
         self.tokenizer = self.path / "tokenizer.json"
-        self.loss_plot = self.path / "report" / "loss.png"
+        self.report = self.path / "report"
+        self.loss_plot = self.report / "loss.png"
         self.profile = self.path / "profile"
+        self.heartbeat = self.path / "heartbeat.json"
+        self.stacks = self.path / "stacks"
 
     def find_start(self, resume: str, overwrite: bool, resolved: dict[str, Any]) -> Path | None:
         """Checkpoint to start from, or None for a new run. Looks only; `prepare` writes.

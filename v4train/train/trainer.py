@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,21 @@ from v4train.data import (
 from v4train.errors import ConfigError
 from v4train.model import Transformer
 from v4train.model.losses import Recorded, share
-from v4train.model.moe.balance import max_violation
+from v4train.model.moe.balance import max_violation, relative_loads
 from v4train.optim.schedules import learning_rate
 from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
 from v4train.train.checkpoint_writer import CheckpointWriter
 from v4train.train.distributed import all_max, all_sum, all_sum_tensor, gathered
+from v4train.train.hang_watch import HangWatch
+from v4train.train.heartbeat import Heartbeat
+from v4train.train.layer_statistics import LayerStatistics
 from v4train.train.metrics import MetricsFile
 from v4train.train.profiler import StepProfiler
 from v4train.train.progress import Progress
 from v4train.train.run_directory import RunDirectory
 from v4train.train.signals import REQUEUE, StopRequest
+from v4train.train.step_times import StepTimes, over_ranks, timing_waits
 from v4train.train.tracking import Tracker
 
 RETRY_SECONDS = 30  # until a checkpoint that couldn't be written is tried again, if none is due before
@@ -104,12 +108,24 @@ class Trainer:
         }
         profiled = self.train.profile if self.topology.rank == 0 else None
         self.profiler = StepProfiler(profiled, directory.profile, model, parts)
+        self.times = StepTimes(self.topology.device)
+        engine.time_parts(self.times.timed)
+        sizes = {name: shape.numel() for name, shape in engine.layout.shapes.items()}
+        self.layers = LayerStatistics(model, sizes, self.counts, self.topology.device)
+        place = (self.topology.rank, self.topology.world_size)
+        self.heartbeat = Heartbeat(directory.heartbeat, *place)
+        self.hang_watch = HangWatch(directory.stacks, *place, self.train.hang_timeout)
         self.flops_share = training_flops_per_token(settings.model, self.train.sequence_length) / peak_flops
 
     @property
     def last_step(self) -> int:
         """Step at which this process ends: the run's length, or train.stop_at_step."""
         return min(self.train.total_steps, self.train.stop_at_step or self.train.total_steps)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train, as opposed to a pause."""
+        return self.step >= self.train.total_steps or self.dry
 
     @property
     def tokens(self) -> int:
@@ -120,7 +136,14 @@ class Trainer:
         """Train to `last_step`, or to the step edge after a signal; then validate and save."""
         validated, saved = self.validation.get("step"), self.restored_step
         progress = Progress(self.train.total_steps, self.step, self.topology.rank)
-        with progress, StopRequest(self.deadline) as stop, self.profiler, self._finishing_writes():
+        with (
+            progress,
+            StopRequest(self.deadline) as stop,
+            self.profiler,
+            timing_waits(self.times),
+            self.hang_watch,
+            self._finishing_writes(),
+        ):
             while self.step < self.last_step and not self.interrupted:
                 with self.profiler.step(self.step + 1):
                     record = self.train_step(stop)
@@ -149,21 +172,27 @@ class Trainer:
     def train_step(self, stop: StopRequest) -> dict[str, Any] | None:
         """One optimizer step on the global batch; returns what is logged of it. None where the data have ended."""
         started = time.perf_counter()
+        self._beat("training")
+        self.times.take()  # what validation left
         self.model.train()
         batches = self._next_batches()
         if batches is None:
             self.dry = True
             return None
-        waited = time.perf_counter() - started
         self._set_normalisation(batches)
-        recorded = self.engine.train(batches)
         rate = learning_rate(self.step, self.train.total_steps, self.settings.schedule)
-        result = self.engine.step(rate)
+        looks_inside = _due(self.step + 1, self.train.layers_every)
+        with self.layers.measuring() if looks_inside else nullcontext():
+            recorded = self.engine.train(batches)
+            with self.times.part("optimizer"):
+                result = self.engine.step(rate)
         if not result.finite:
             logger.warning("step %d: the gradient is not finite; the update is skipped", self.step + 1)
         learning = self.train.attention_mode != "indexer_warmup"  # the routers too
-        violation = self._balance_routers(result.finite and learning)
+        loads = self._balance_routers(result.finite and learning)
         self.step += 1
+        times = over_ranks(self.times.take(), time.perf_counter() - started, self.topology.device)
+        inside = {"layers": self.layers.take(), "expert_load": relative_loads(loads)} if looks_inside else {}
         values, data, stopping = self._over_ranks(recorded, stop.requested)
         if self._write_failed:
             self._settle()
@@ -181,7 +210,7 @@ class Trainer:
             "tokens_per_second": self.train.tokens_per_step / seconds,
             "mfu": self.train.tokens_per_step / seconds * self.flops_share,
             "memory_gib": all_max(_peak_memory_gib(self.topology.device), self.topology.device),
-            "max_violation": violation,
+            "max_violation": max((float(max_violation(load)) for load in loads.values()), default=0.0),
             "phase": 0,
             "attention_mode": self.model.attention_mode,
             "sequence_length": self.train.sequence_length,
@@ -192,9 +221,15 @@ class Trainer:
             "epoch": self._epochs(),
             "padding": progress.padding / max(1, progress.tokens),
             "truncated": progress.truncated / max(1, progress.documents),
-            "data_seconds": waited,
             "step_seconds": seconds,
+            **times,
+            **inside,
         }
+
+    def _beat(self, doing: str) -> None:
+        """This rank has got on."""
+        self.hang_watch.beat()
+        self.heartbeat.beat(self.step, doing)
 
     def _next_batches(self) -> list[Batch] | None:
         """This rank's micro-batches; None on every rank where one has reached the end of the data.
@@ -203,7 +238,8 @@ class Trainer:
         """
         problem, batches = None, []
         try:
-            batches = self.loader.next_step()
+            with self.times.part("data"):
+                batches = self.loader.next_step()
         except (EndOfData, ConfigError) as error:
             problem = error
         if not all_max(float(problem is not None), self.topology.device):
@@ -291,6 +327,7 @@ class Trainer:
         sizes = (self.train.sequence_length, self.train.micro_batch_size, tokens)
         of_rank = (self.topology.index("data"), self.topology.sizes.data)
         for batch in validation_batches(documents, *sizes, *of_rank, self.tokenizer.pad_id):
+            self._beat("validating")
             batch = self._own(batch)
             if self.counts and not self.topology.index("pipeline"):
                 counts += target_counts(batch.own_targets.cpu(), len(counts))
@@ -308,6 +345,7 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint of everything that the next step depends on (DESIGN 10); training may go on."""
+        self._beat("saving")
         self._settle()
         state = {
             "tokens": self.tokens,
@@ -405,21 +443,21 @@ class Trainer:
         frozen = {"dense": {True}, "indexer_warmup": {False}, "sparse": set()}[mode]
         self.engine.freeze(group.name for group in self.engine.groups if group.indexer in frozen)
 
-    def _balance_routers(self, update: bool) -> float:
-        """The worst layer's max violation; `update` moves each selection bias against the load of the global batch."""
-        routers = list(self.model.routers().values())
+    def _balance_routers(self, update: bool) -> dict[str, torch.Tensor]:
+        """Load [E] of each router by name; `update` moves each selection bias against that of the global batch."""
+        routers = self.model.routers()
         if not routers:
-            return 0.0
+            return {}
         loads = torch.zeros(len(routers), self.settings.model.moe.num_experts, dtype=torch.long)
         loads = loads.to(self.topology.device)
-        for own, router in zip(loads, routers, strict=True):
+        for own, router in zip(loads, routers.values(), strict=True):
             if not router.bias.is_meta:  # or another stage has it
                 own += router.take_load() * self.counts
         loads = all_sum_tensor(loads)
-        for router, load in zip(routers, loads, strict=True) if update else ():
+        for router, load in zip(routers.values(), loads, strict=True) if update else ():
             if not router.bias.is_meta:
                 router.update_bias(load, self.settings.model.moe.bias_update_speed)
-        return max(float(max_violation(load)) for load in loads)
+        return dict(zip(routers, loads, strict=True))
 
     def _own(self, batch: Batch) -> Batch:
         """This rank's shard of each row, on its device."""

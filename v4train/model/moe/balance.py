@@ -1,5 +1,7 @@
 """Expert balance: the sequence-wise loss and the load statistic (V4.md 2.5; V3 report eqs. 17-20)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,10 @@ def max_violation(load: Tensor) -> Tensor:
     """max_e load_e / mean load - 1, the imbalance of one layer (arXiv 2408.15664): [E] -> scalar fp32."""
     load = load.float()
     return load.max() / load.mean().clamp(min=1) - 1
+
+
+def relative_loads(loads: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Load of each expert over the mean of its layer, to three decimals, for the log: [E] by router's name."""
+    return {
+        name: [round(x, 3) for x in (load / load.float().mean().clamp(min=1)).tolist()] for name, load in loads.items()
+    }

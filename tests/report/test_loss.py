@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from v4train.train.plots import loss_plot, smooth
+from v4train.report.loss import loss_plot, smooth
 
 
 def fake_run(steps=300, tokens_per_step=16_384, seed=0):

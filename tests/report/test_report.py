@@ -1,0 +1,152 @@
+"""Curves are compared with the records they were made of, the page with what it must say."""
+
+import base64
+import html
+import math
+import re
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from tests.report.folders import SAMPLE, make_run
+from v4train.errors import ConfigError
+from v4train.report import compare, report
+from v4train.report.differences import differences
+from v4train.report.figures import PICTURES
+from v4train.report.figures_of_layers import LAYER_PICTURES
+from v4train.report.runs import read_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    base = tmp_path_factory.mktemp("runs")
+    make_run(base, "low")
+    make_run(base, "high", ("optimizer=adamw", "seed=2"), steps=40, offset=0.5)
+    make_run(base, "unstarted", steps=0)
+    return base
+
+
+def cells(page: str, table: str) -> list[list[str]]:
+    rows = re.findall(r"<tr.*?</tr>", re.search(f'<table id="{table}".*?</table>', page, re.S)[0], re.S)
+    return [[html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)] for row in rows]
+
+
+def pictures_of(page: str) -> list[bytes]:
+    return [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+
+
+def test_curves_hold_the_records(folder):
+    run = read_run(folder / "low")
+    steps, losses = run.curve("lm_loss")
+    np.testing.assert_array_equal(steps, np.arange(1, 61))
+    np.testing.assert_allclose(losses, 3 + 5 * np.exp(-np.arange(1, 61) / 10), rtol=1e-12)
+    np.testing.assert_array_equal(run.curve("lm_loss", "tokens")[0], 2048 * np.arange(1, 61))
+    np.testing.assert_allclose(run.curve("lm_loss", "hours")[0], 0.5 * np.arange(1, 61) / 3600)
+    np.testing.assert_allclose(run.curve("val_loss", "hours")[0], [10 / 3600, 20 / 3600, 30 / 3600])
+    assert run.events == [(7, "update skipped"), (31, "another attention mode"), (31, "another phase")]
+
+
+def test_hours_count_the_steps_that_were_not_logged(folder):
+    run = read_run(folder / "low")
+    every_fifth = type(run)(run.name, run.config, run.steps[4::5], run.validations, "")
+    np.testing.assert_allclose(every_fifth.clock[1], 2.5 * np.arange(1, 13) / 3600)
+
+
+def test_the_page_of_a_run(folder, tmp_path):
+    page = report(folder / "low", tmp_path)
+    assert page == tmp_path / "index.html"
+    text = page.read_text()
+    final = dict(cells(text, "final"))
+    assert final == {
+        "validation loss (nats/token)": "3.0000",
+        "bits/byte": "1.5000",
+        "below unigram entropy": "3.0000",
+        "training loss": f"{3 + 5 * math.exp(-6):.4f}",
+        "steps": "60",
+        "tokens": "122,880",
+        "time in steps": "0:30",
+        "tokens/s (median)": "4,096",
+        "MFU (median)": "25.0%",
+        "peak memory (GiB)": "2.00",
+        "updates skipped": "1",
+        "time of a step": "data 2%, forward 30%, backward 50%, optimizer 10%, wait 6%",
+        "slowest rank": "0 (75% of steps)",
+    }
+    assert html.escape(SAMPLE).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in text
+    assert "attention_mix" in text and "<script" not in text and "http:" not in text and "https:" not in text
+    files = {path.stem: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert files.keys() == PICTURES.keys() | LAYER_PICTURES.keys()
+    assert sorted(pictures_of(text)) == sorted(files.values())
+    for name in files:
+        assert image.imread(tmp_path / f"{name}.png").std() > 0.02, name
+
+
+def test_a_page_of_several_runs(folder, tmp_path):
+    names = ["low", "high", "unstarted"]
+    text = compare([folder / name for name in names], tmp_path).read_text()
+    head, *rows = cells(text, "final")
+    assert [row[0] for row in rows] == names
+    loss = head.index("validation loss (nats/token)")
+    assert [row[loss] for row in rows] == ["3.0000", "3.5000", "-"]
+    assert re.findall(r'<tr class="best"><th scope="row">(.*?)</th>', text) == ["low"]
+    different = {key: values for key, *values in cells(text, "differences")[1:]}
+    assert different["seed"] == ["1", "2", "1"]
+    assert different["optimizer.name"] == ["muon", "adamw", "muon"]
+    assert "run.name" not in different and "model.hidden_size" not in different
+    assert len(pictures_of(text)) == len(PICTURES)
+
+
+def test_every_run_of_a_comparison_has_its_curve(folder):
+    runs = [read_run(folder / name) for name in ("low", "high", "unstarted")]
+    for name in ("gradient_norm", "loss_by_time", "memory"):
+        (axes,) = PICTURES[name].draw(runs).axes
+        assert {text.get_text() for text in axes.get_legend().get_texts()} == {"low", "high"}, name
+    assert list(PICTURES["memory"].draw(runs).axes[0].lines[0].get_ydata()) == [1 + n / 60 for n in range(1, 61)]
+
+
+def test_events_and_phases_are_drawn(folder):
+    run = read_run(folder / "low")
+    (axes,) = PICTURES["gradient_norm"].draw([run]).axes
+    marks = {line.get_label(): list(line.get_xdata()) for line in axes.lines if line.get_marker() == "^"}
+    assert marks == {"update skipped": [7], "another attention mode": [31], "another phase": [31]}
+    (axes,) = PICTURES["learning_rate"].draw([run]).axes
+    assert [text.get_text().strip() for text in axes.texts] == ["dense, 4 x 512", "sparse, 4 x 512"]
+
+
+def test_parts_of_the_time_and_layers_are_drawn(folder):
+    run = read_run(folder / "low")
+    (axes,) = LAYER_PICTURES["step_time"].draw([run]).axes
+    tops = [polygon.get_paths()[0].vertices[:, 1].max() for polygon in axes.collections]
+    np.testing.assert_allclose(tops, [2, 32, 82, 92, 98, 100])
+    rms, load = (LAYER_PICTURES[name].draw([run]).axes for name in ("activation_rms", "expert_load"))
+    assert [list(line.get_ydata()) for line in rms[0].lines] == [[1.0 + i] * 3 for i in range(6)]
+    np.testing.assert_array_equal(load[0].images[0].get_array(), [[0.5, 1.0, 1.5, 1.0]] * 3)
+    mix = LAYER_PICTURES["attention_mix"].draw([run])
+    words = [text.get_text() for text in mix.legends[0].get_texts()]
+    kinds = [word for word in run.config["model"]["attention_mix"]]
+    assert len(mix.axes[0].patches) == run.config["model"]["num_layers"] and len(words) == len(set(kinds))
+
+
+def test_a_run_without_steps_has_a_page(folder, tmp_path):
+    text = report(folder / "unstarted", tmp_path / "one").read_text()
+    assert dict(cells(text, "final")) == {"steps": "0"} and len(pictures_of(text)) == 1  # the attention mix
+    assert "No step was logged" in compare([folder / "unstarted"], tmp_path / "two").read_text()
+
+
+def test_pictures_of_an_earlier_report_go(folder, tmp_path):
+    report(folder / "low", tmp_path)
+    report(folder / "unstarted", tmp_path)
+    assert [path.stem for path in tmp_path.glob("*.png")] == ["attention_mix"]
+
+
+def test_differences_are_those_of_the_leaves():
+    configs = [{"a": {"b": 1, "c": [1, 2]}, "d": 3}, {"a": {"b": 2, "c": [1, 2]}, "d": 3, "e": {}}]
+    assert differences(configs) == {"a.b": [1, 2], "e": ["-", {}]}
+    assert differences(configs[:1] * 2) == {}
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="run=.*holds no run"):
+        report(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

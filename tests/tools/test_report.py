@@ -1,0 +1,34 @@
+"""`tools/report.py` as a person starts it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.distributed.launch import ROOT
+from tests.report.folders import make_run
+
+
+def run_tool(*arguments: str, cwd) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "report.py"), *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_run_and_a_comparison(tmp_path):
+    for name in ("sweep_a", "sweep_b"):
+        make_run(tmp_path / "runs", name)
+    one = run_tool("run=runs/sweep_a", cwd=tmp_path)
+    assert (one.returncode, one.stdout, one.stderr) == (0, "runs/sweep_a/report/index.html\n", "")
+    both = run_tool("compare=[runs/sweep_*]", "out=both", cwd=tmp_path)
+    assert (both.returncode, both.stdout, both.stderr) == (0, "both/index.html\n", "")
+    page = (tmp_path / "both" / "index.html").read_text()
+    assert "<title>2 runs</title>" in page and "sweep_a" in page and "sweep_b" in page
+
+
+@pytest.mark.parametrize("bad", [["run=nowhere"], ["compare=[nowhere]"], [], ["rum=x"], ["compare=[a"], ["compare=[]"]])
+def test_bad_input_is_one_line_and_code_2(bad, tmp_path):
+    result = run_tool(*bad, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []

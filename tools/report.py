@@ -1,0 +1,60 @@
+"""Write the report of a run, or a comparison of several: one HTML page with pictures in it, and these as PNG files.
+
+    python tools/report.py run=runs/flash_small                       # into runs/flash_small/report/
+    python tools/report.py run=runs/flash_small out=shown/
+    python tools/report.py 'compare=[runs/a,runs/b]' out=comparison/
+    python tools/report.py 'compare=[runs/sweep_*]'                   # patterns are understood
+
+`run` is the folder of a run, finished or not; `compare` a list of such folders; `out` the folder that is written to,
+`report` in the run's own, or `comparison` here, unless given. Prints the page's path.
+"""
+
+import glob
+import sys
+from pathlib import Path
+
+import yaml
+
+from v4train.errors import ConfigError, refusing_bad_input
+from v4train.structured import key_values
+
+KEYS = ("run", "compare", "out")
+
+
+def main(arguments: list[str]) -> None:
+    """Raises ConfigError."""
+    given = key_values(arguments, KEYS, "give run=runs/NAME, or compare=[runs/A,runs/B]")
+    if ("run" in given) == ("compare" in given):
+        raise ConfigError("run", given.get("run", "missing"), "one of run and compare is wanted", "give run=runs/NAME")
+    from v4train.report import compare, report  # after the arguments: it takes seconds
+
+    try:
+        if "run" in given:
+            page = report(Path(given["run"]), Path(given.get("out", f"{given['run']}/report")))
+        else:
+            page = compare(folders(given["compare"]), Path(given.get("out", "comparison")))
+    except OSError as error:
+        remedy = "name a folder that can"
+        raise ConfigError("out", given.get("out"), f"it can't be written ({error.strerror})", remedy) from error
+    print(page)
+
+
+def folders(text: str) -> list[Path]:
+    """The run folders that `[a,b]` names; a name with wildcards stands for the folders that match it.
+
+    Raises:
+        ConfigError: it is no such list, or no folder is meant.
+    """
+    try:
+        names = yaml.safe_load(text if text.startswith("[") else f"[{text}]")
+    except yaml.YAMLError as error:
+        raise ConfigError("compare", text, "it is no list", "give compare=[runs/A,runs/B]") from error
+    found = [Path(path) for name in names for path in (sorted(glob.glob(str(name))) or [str(name)])]
+    if not found:
+        raise ConfigError("compare", text, "it names no run", "give compare=[runs/A,runs/B]")
+    return found
+
+
+if __name__ == "__main__":
+    with refusing_bad_input():
+        main(sys.argv[1:])
