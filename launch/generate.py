@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from v4train.config import PRECISIONS, checked_device, config_dir
+from v4train.composition import config_dir
+from v4train.config import PRECISIONS, checked_device
 from v4train.data import Tokenizer
 from v4train.errors import ConfigError, refusing_bad_input
 from v4train.generation import GenerationConfig, generate, stream_text

@@ -18,7 +18,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from v4train.config import complete, config_dir, explain, settings
+from v4train.composition import config_dir, explain
+from v4train.config import complete, settings
 from v4train.errors import ConfigError
 from v4train.train.signals import REQUEUE
 

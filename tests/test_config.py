@@ -3,7 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from v4train.config import config_dir, default_run_name, load, settings
+from v4train.composition import config_dir
+from v4train.config import default_run_name, load, settings
 from v4train.errors import ConfigError
 
 GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "parallelism", "checkpoint", "tracking")

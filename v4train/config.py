@@ -4,30 +4,25 @@ Everything here is arithmetic on values and a look at the file system: an imposs
 before a model, a process group or a file is made.
 """
 
-import difflib
 import hashlib
-import importlib.resources
 import re
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from v4train.composition import composed
 from v4train.data import DataConfig, TokenizerConfig, check_data
 from v4train.errors import ConfigError
 from v4train.model import ModelConfig, model_config
 from v4train.model.compiled import cpp_compiler
-from v4train.model.recompute import RECOMPUTE_LEVELS
-from v4train.model.rules import ATTENTION_MODES
-from v4train.optim.param_groups import OptimizerConfig
+from v4train.model.rules import ATTENTION_MODES, RECOMPUTE_LEVELS
+from v4train.optim.config import OptimizerConfig
 from v4train.optim.schedules import ScheduleConfig
 from v4train.parallel.rules import check_layout_of
-from v4train.parallel.topology import ParallelismConfig, Topology, make_topology
+from v4train.parallel.sizes import ParallelismConfig, check_batch, default_micro_batch
+from v4train.parallel.topology import Topology, make_topology
 from v4train.structured import structured
 from v4train.train.checkpoint import CheckpointConfig
 from v4train.train.tracking import TrackingConfig
@@ -113,23 +108,13 @@ class Settings:
     resolved: dict[str, Any]
 
 
-def config_dir() -> Path:
-    """Folder of the YAML files, inside the installed package."""
-    return Path(str(importlib.resources.files("v4train") / "conf"))
-
-
 def load(overrides: list[str]) -> DictConfig:
     """The configuration that `launch/pretrain.py` would run with these overrides, complete and checked.
 
     Raises:
         ConfigError: an unknown key or option, a value of the wrong type, or a rule broken.
     """
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            config = compose("pretrain", overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
+    config = composed("pretrain", overrides)
     complete(config, overrides)
     settings(config)
     return config
@@ -200,13 +185,6 @@ def settings(config: DictConfig) -> Settings:
     return made
 
 
-def default_micro_batch(rows: int, stages: int) -> int:
-    """Rows of a micro-batch: all of a step's, or in a pipeline so many that all stages are at work most of the time."""
-    if stages == 1:
-        return rows
-    return min(rows // count for count in range(1, min(rows, 4 * stages) + 1) if rows % count == 0)
-
-
 def _resolve(config: DictConfig) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -251,11 +229,7 @@ def _check_train(train: TrainConfig, data_size: int) -> None:
         refuse("profile", "it must be [start,stop] with 1 <= start < stop", "profile steps 5 to 9 with [5,10], or null")
     if train.profile is not None and train.profile[0] > train.total_steps:
         refuse("profile", f"the run ends at step {train.total_steps}", "start earlier")
-    micro = train.micro_batch_size or 1
-    if train.global_batch_size % (micro * data_size):
-        rule = f"it must be a multiple of train.micro_batch_size={micro} x {data_size} data ranks"
-        fitting = max(1, round(train.global_batch_size / (micro * data_size))) * micro * data_size
-        refuse("global_batch_size", rule, f"for example {fitting}")
+    check_batch(train.global_batch_size, train.micro_batch_size, data_size)
 
 
 def _check_attention_mode(mode: str, model: ModelConfig) -> None:
@@ -264,36 +238,3 @@ def _check_attention_mode(mode: str, model: ModelConfig) -> None:
     if mode == "indexer_warmup" and not model.indexed_kinds:
         rule = f"no layer of {' '.join(model.layer_kinds)} has a lightning indexer, so nothing would learn"
         raise ConfigError("train.attention_mode", mode, rule, "use dense, or a csa or dsa layer in model.attention_mix")
-
-
-def explain(error: Exception) -> ConfigError:
-    """What Hydra or OmegaConf complain of while composing, as one line with the nearest name that exists."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        options = [name for name in error.options or [] if not name.startswith("_")]
-        return ConfigError(group, option, "there is no such option", f"choose one of {', '.join(options)}")
-    if isinstance(error, OverrideParseException):
-        return ConfigError("override", error.override, "Hydra can't read it", "write key=value, quoted for the shell")
-    match = re.search(r"Could not override '([^']+)'", text)
-    if isinstance(error, ConfigCompositionException) and match:
-        key = match.group(1).partition("@")[0]
-        if key.startswith("parallelism.deepspeed"):
-            return ConfigError(key, "?", "keys passed through to DeepSpeed are added", f"write +{key}.<key>=<value>")
-        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.7)
-        return ConfigError(key, "?", "unknown key", f"did you mean {near[0]}?" if near else "conf/ shows all keys")
-    return ConfigError("config", "?", text, "conf/ shows all keys")
-
-
-def _known_keys() -> list[str]:
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = OmegaConf.to_container(compose("pretrain"), resolve=False)
-
-    def walk(values: dict, prefix: str) -> list[str]:
-        keys = []
-        for key, value in values.items():
-            keys.append(f"{prefix}{key}")
-            keys += walk(value, f"{prefix}{key}.") if isinstance(value, dict) else []
-        return keys
-
-    return walk(config, "")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.model.packings import ids_of, shifted
-from v4train.config import config_dir, load
+from v4train.composition import config_dir
+from v4train.config import load
 from v4train.model import build_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"

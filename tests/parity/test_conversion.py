@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from tests.parity.peers import UNCOMPARED
-from v4train.config import config_dir
+from v4train.composition import config_dir
 from v4train.errors import ConfigError
 from v4train.hf import ARCHITECTURES, architecture_for, from_hf
 from v4train.hf.common import convert, load_preset

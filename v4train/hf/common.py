@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch import Size, Tensor
 
-from v4train.config import config_dir
+from v4train.composition import config_dir
 from v4train.errors import ConfigError
 from v4train.model import ModelConfig, model_config
 from v4train.model.config import RopeConfig

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from v4train import durable
+from v4train.analysis.parameters import parameter_counts
 from v4train.config import Settings
 from v4train.data import Source, load_data
 from v4train.errors import ConfigError
 from v4train.model import build_model
 from v4train.model.compiled import compile_model
-from v4train.model.counts import parameter_counts
 from v4train.model.precision import has_fast_bf16
 from v4train.parallel.engine import Engine
 from v4train.parallel.layout import Layout
