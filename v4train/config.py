@@ -30,7 +30,7 @@ from v4train.train.tracking import TrackingConfig
 # Overrides that say how or where to run, not what: they stay out of a run's default name.
 UNNAMED = re.compile(
     r"^[+~]*(model=|run\.|checkpoint|tracking|device=|compile=|hydra|tokenizer\.cache_dir"
-    r"|train\.(stop_at_step|max_minutes|recompute|profile)=)"
+    r"|train\.(stop_at_step|max_minutes|recompute|profile|dry_run)=)"
 )
 NAME_LENGTH = 120  # longer default names are cut and end in a hash
 PRECISIONS = ("fp32", "bf16")
@@ -72,6 +72,7 @@ class TrainConfig:
     sample_tokens: int
     sample_temperature: float
     profile: list[int] | None
+    dry_run: bool
 
     @property
     def tokens_per_step(self) -> int:

@@ -22,6 +22,7 @@ from v4train.parallel.topology import start_distributed, stop_distributed
 from v4train.train import checkpoint
 from v4train.train.allocator import keep_freed_memory
 from v4train.train.distributed import gathered
+from v4train.train.dry_run import dry_run
 from v4train.train.lost_ranks import give_up, is_lost_peer
 from v4train.train.metrics import read_metrics, write_summary
 from v4train.train.plots import loss_plot
@@ -55,6 +56,8 @@ def run(settings: Settings) -> dict[str, float]:
         ConfigError: the run directory holds another experiment, or must not be touched.
         SystemExit: with code REQUEUE after a signal or `train.max_minutes`, when all is saved.
     """
+    if settings.train.dry_run:
+        return dry_run(settings)
     started = time.perf_counter()
     minutes = settings.train.max_minutes
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
