@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from v4train.config import PRECISIONS, checked_device, config_dir
+from v4train.config import PRECISIONS, checked_device
 from v4train.data import Tokenizer
 from v4train.errors import ConfigError, refusing_bad_input
 from v4train.generation import GenerationConfig, generate, stream_text
 from v4train.model import Transformer
 from v4train.model.attention.cache import Cache
+from v4train.overrides import config_dir
 from v4train.structured import key_values, structured
 from v4train.train.checkpoint import load_model
 from v4train.train.run_directory import find_checkpoint

@@ -3,7 +3,7 @@
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from v4train.config import config_dir
+from v4train.overrides import config_dir
 
 
 def shipped(group: str, option: str) -> dict:

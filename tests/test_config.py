@@ -3,9 +3,9 @@
 import pytest
 from omegaconf import OmegaConf
 
-from v4train.config import config_dir, load, settings
+from v4train.config import load, settings
 from v4train.errors import ConfigError
-from v4train.overrides import default_run_name
+from v4train.overrides import config_dir, default_run_name
 
 GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "parallelism", "checkpoint", "tracking")
 

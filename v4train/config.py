@@ -8,9 +8,6 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,13 +15,13 @@ from v4train.data import DataConfig, TokenizerConfig, check_data
 from v4train.errors import ConfigError
 from v4train.model import ModelConfig, model_config
 from v4train.model.compiled import cpp_compiler
-from v4train.model.recompute import RECOMPUTE_LEVELS
-from v4train.model.rules import ATTENTION_MODES
-from v4train.optim.param_groups import OptimizerConfig
+from v4train.model.rules import ATTENTION_MODES, RECOMPUTE_LEVELS
+from v4train.optim.config import OptimizerConfig
 from v4train.optim.schedules import ScheduleConfig
-from v4train.overrides import complete, config_dir, explain
+from v4train.overrides import complete, composed
 from v4train.parallel.rules import check_layout_of
-from v4train.parallel.topology import ParallelismConfig, Topology, make_topology
+from v4train.parallel.sizes import ParallelismConfig, check_batch, default_micro_batch
+from v4train.parallel.topology import Topology, make_topology
 from v4train.structured import structured
 from v4train.train.checkpoint import CheckpointConfig
 from v4train.train.tracking import TrackingConfig
@@ -71,6 +68,7 @@ class TrainConfig:
     sample_temperature: float
     profile: list[int] | None
     hang_timeout: float
+    dry_run: bool
 
     @property
     def tokens_per_step(self) -> int:
@@ -113,12 +111,7 @@ def load(overrides: list[str]) -> DictConfig:
     Raises:
         ConfigError: an unknown key or option, a value of the wrong type, or a rule broken.
     """
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            config = compose("pretrain", overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
+    config = composed("pretrain", overrides)
     complete(config, overrides)
     settings(config)
     return config
@@ -174,13 +167,6 @@ def settings(config: DictConfig) -> Settings:
     return made
 
 
-def default_micro_batch(rows: int, stages: int) -> int:
-    """Rows of a micro-batch: all of a step's, or in a pipeline so many that all stages are at work most of the time."""
-    if stages == 1:
-        return rows
-    return min(rows // count for count in range(1, min(rows, 4 * stages) + 1) if rows % count == 0)
-
-
 def _resolve(config: DictConfig) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -226,11 +212,7 @@ def _check_train(train: TrainConfig, data_size: int) -> None:
         refuse("profile", "it must be [start,stop] with 1 <= start < stop", "profile steps 5 to 9 with [5,10], or null")
     if train.profile is not None and train.profile[0] > train.total_steps:
         refuse("profile", f"the run ends at step {train.total_steps}", "start earlier")
-    micro = train.micro_batch_size or 1
-    if train.global_batch_size % (micro * data_size):
-        rule = f"it must be a multiple of train.micro_batch_size={micro} x {data_size} data ranks"
-        fitting = max(1, round(train.global_batch_size / (micro * data_size))) * micro * data_size
-        refuse("global_batch_size", rule, f"for example {fitting}")
+    check_batch(train.global_batch_size, train.micro_batch_size, data_size)
 
 
 def _check_attention_mode(mode: str, model: ModelConfig) -> None:

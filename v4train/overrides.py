@@ -11,15 +11,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from v4train.errors import ConfigError
 
 # Overrides that say how or where to run, not what: they stay out of a run's default name.
 UNNAMED = re.compile(
     r"^[+~]*(model=|run\.|checkpoint|tracking|device=|compile=|hydra|tokenizer\.cache_dir"
-    r"|train\.(stop_at_step|max_minutes|recompute|profile|layers_every|hang_timeout|deterministic)=)"
+    r"|train\.(stop_at_step|max_minutes|recompute|profile|layers_every|hang_timeout|deterministic|dry_run)=)"
 )
 NAME_LENGTH = 120  # longer default names are cut and end in a hash
 EXTRAS = {("hydra/sweeper", "optuna"): "optuna"}  # options that come with packages we don't require
@@ -28,6 +30,20 @@ EXTRAS = {("hydra/sweeper", "optuna"): "optuna"}  # options that come with packa
 def config_dir() -> Path:
     """Folder of the YAML files, inside the installed package."""
     return Path(str(importlib.resources.files("v4train") / "conf"))
+
+
+def composed(program: str, overrides: list[str]) -> DictConfig:
+    """`conf/<program>.yaml` with these overrides. What the values mean is not checked.
+
+    Raises:
+        ConfigError: an unknown key or option.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose(program, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, program) from error
 
 
 def complete(config: DictConfig, overrides: list[str]) -> None:
@@ -54,7 +70,7 @@ def sweep_name(model: str, overrides: Sequence[str]) -> str:
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)  # hydra.sweep.dir in conf/pretrain.yaml
 
 
-def explain(error: Exception) -> ConfigError:
+def explain(error: Exception, program: str = "pretrain") -> ConfigError:
     """What Hydra or OmegaConf complain of while composing, as one line with the nearest name that exists."""
     text = " ".join(str(error).split())
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -76,17 +92,18 @@ def explain(error: Exception) -> ConfigError:
         key = match.group(1).partition("@")[0]
         if key.startswith("parallelism.deepspeed"):
             return ConfigError(key, "?", "keys passed through to DeepSpeed are added", f"write +{key}.<key>=<value>")
-        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.7)
+        near = difflib.get_close_matches(key, _known_keys(program), n=1, cutoff=0.7)
         return ConfigError(key, "?", "unknown key", f"did you mean {near[0]}?" if near else "conf/ shows all keys")
     return ConfigError("config", "?", text, "conf/ shows all keys")
 
 
-def _known_keys() -> set[str]:
-    """Every key that can be set, of Hydra's own and of all launchers too."""
+def _known_keys(program: str) -> set[str]:
+    """Every key that can be set, of a run's Hydra and of all launchers too."""
     keys: set[str] = set()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        for launcher in ("local", "slurm"):
-            config = compose("pretrain", [f"hydra/launcher={launcher}"], return_hydra_config=True)
+        for launcher in ("local", "slurm") if program == "pretrain" else (None,):
+            overrides = [] if launcher is None else [f"hydra/launcher={launcher}"]
+            config = compose(program, overrides, return_hydra_config=launcher is not None)
             keys.update(_keys(OmegaConf.to_container(config, resolve=False), ""))
     return keys
 

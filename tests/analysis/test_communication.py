@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from tests.models import tiny_config
-from v4train.analysis.communication import BYTES, Work, activation_bytes, gradient_bytes, muon_bytes
+from v4train.analysis.communication import BYTES, activation_bytes, gradient_bytes, muon_bytes
+from v4train.analysis.work import Work
 from v4train.model.mix import ATTENTION_KINDS
 
 ONE = Work(sequence_length=64, rows=2)

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import random_model, random_tokens, tiny_config
 from v4train.analysis.flops import active_matrix_parameters, decode_flops, training_flops_per_token, visible_pairs
+from v4train.analysis.parameters import parameter_counts
 from v4train.config import load
 from v4train.model import build_model, model_config
-from v4train.model.counts import parameter_counts
 
 MODELS = {
     "v4": ("swa csa hca csa", {}),

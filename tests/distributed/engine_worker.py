@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.distributed.launch import finished
+from v4train.optim.config import OptimizerConfig
 from v4train.optim.muon import Matrices, muon_update
-from v4train.optim.param_groups import OptimizerConfig, is_muon_parameter
+from v4train.optim.param_groups import is_muon_parameter
 from v4train.parallel.slices import Slice, assembled
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 29, 16, 8, 12
@@ -193,7 +194,7 @@ def run_job(job: dict, topology: object) -> dict:
     """
     from v4train.parallel import deepspeed_fixes
     from v4train.parallel.engine import Engine
-    from v4train.parallel.topology import ParallelismConfig
+    from v4train.parallel.sizes import ParallelismConfig
 
     extra = {"zero_optimization": {"stage3_param_persistence_threshold": job.get("persistence", 0)}}
     calls = []

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.launch import finished
-from v4train.analysis.communication import Work, activation_bytes, gradient_bytes, muon_bytes
+from v4train.analysis.communication import activation_bytes, gradient_bytes, muon_bytes
+from v4train.analysis.work import Work
 from v4train.config import Settings, load, settings
 from v4train.data import Batch
 from v4train.model import build_model

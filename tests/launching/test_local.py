@@ -5,7 +5,7 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
-from v4train.config import config_dir
+from v4train.overrides import config_dir
 from v4train.errors import ConfigError
 from v4train.launching.local import LocalConfig, slot_environments
 

@@ -5,11 +5,11 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.models import tiny_config
+from v4train.analysis.parameters import parameter_counts
 from v4train.config import load
 from v4train.errors import ConfigError
 from v4train.model import build_model, model_config
 from v4train.model.config import expand_mix
-from v4train.model.counts import parameter_counts
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def gradients(loss, *of):
 
 @pytest.mark.parametrize("rows", [1, 4, 23, 1000])
 def test_value_and_gradients(monkeypatch, rows):
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * 4 * VOCABULARY)
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", rows * 4 * VOCABULARY)
     x, weight, targets = inputs()
     ours, theirs = linear_cross_entropy(x, weight, targets), reference(x, weight, targets)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
@@ -41,7 +41,7 @@ def test_value_and_gradients(monkeypatch, rows):
 
 def test_no_tensor_is_larger_than_a_chunk_of_logits(monkeypatch):
     rows = 20
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * 4 * VOCABULARY)
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", rows * 4 * VOCABULARY)
     x, weight, targets = inputs(torch.float32)
     with LargestTensor() as largest:
         linear_cross_entropy(x, weight, targets).backward()

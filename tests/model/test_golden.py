@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.model.packings import ids_of, shifted
-from v4train.config import config_dir, load
+from v4train.config import load
 from v4train.model import build_model
+from v4train.overrides import config_dir
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODELS = ("flash_small", "v3_small", "v32_small", "gpt_oss_small", "dense_small")

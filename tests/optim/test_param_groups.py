@@ -6,7 +6,8 @@ from torch import nn
 
 from tests.shipped import shipped
 from v4train.errors import ConfigError
-from v4train.optim.param_groups import OptimizerConfig, param_groups, parameter_counts
+from v4train.optim.config import OptimizerConfig
+from v4train.optim.param_groups import param_groups, parameter_counts
 
 
 def optimizer(preset, **overrides):

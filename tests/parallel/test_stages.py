@@ -7,9 +7,11 @@ import torch
 
 from tests.models import tiny_config
 from v4train.analysis.flops import part_flops, training_flops_per_token
+from v4train.analysis.stages import balanced
 from v4train.model import Transformer
-from v4train.parallel.stages import Stages, balanced
-from v4train.parallel.topology import Sizes, Topology
+from v4train.parallel.sizes import Sizes
+from v4train.parallel.stages import Stages
+from v4train.parallel.topology import Topology
 
 
 @pytest.mark.parametrize("seed", range(20))

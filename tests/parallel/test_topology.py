@@ -7,11 +7,9 @@ import torch
 
 from tests.shipped import shipped
 from v4train.errors import ConfigError
+from v4train.parallel.sizes import ParallelismConfig, Sizes, check_layout
 from v4train.parallel.topology import (
-    ParallelismConfig,
-    Sizes,
     Topology,
-    check_layout,
     first_node,
     make_topology,
     read_ranks,

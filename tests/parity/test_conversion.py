@@ -9,11 +9,11 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from tests.parity.peers import UNCOMPARED
-from v4train.config import config_dir
 from v4train.errors import ConfigError
 from v4train.hf import ARCHITECTURES, architecture_for, from_hf
 from v4train.hf.common import convert, load_preset
 from v4train.model import Transformer
+from v4train.overrides import config_dir
 
 pytestmark = pytest.mark.parity
 

@@ -10,11 +10,11 @@ import pytest
 from tests.models import random_model, random_tokens, tiny_config
 from tests.runs import tiny
 from v4train.analysis.kv_cache import cache_bytes, cache_bytes_per_token
+from v4train.analysis.parameters import parameter_counts
 from v4train.config import load
 from v4train.errors import ConfigError
 from v4train.model import model_config
 from v4train.model.attention.cache import BlockTail
-from v4train.model.counts import parameter_counts
 
 SPEC = importlib.util.find_spec("tools.attention_table")
 WORDS = ["mha", "mqa", "gqa", "gqa:window=5", "gqa:window=5:dilation=3", "mha:window=4:global_tokens=3", "mla"]

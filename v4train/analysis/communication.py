@@ -18,41 +18,13 @@ Symbols: B rows of a micro-batch, S tokens of a row on a rank, M hidden, C strea
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from v4train.analysis.work import Work
 from v4train.model.config import GATHER_FROM, MEASURED_ENTRIES, GQAConfig, LayerAttention, MLAConfig, ModelConfig
 
 BYTES = 4  # of a number that is sent: fp32
 ID_BYTES = 8  # of a token id
-
-
-@dataclass(frozen=True)
-class Work:
-    """Sizes of a layout, and what it does in a step.
-
-    rows: of a micro-batch, on each of the `data` ranks; accumulation: micro-batches; sequence_length: of whole rows.
-    """
-
-    sequence_length: int
-    rows: int = 1
-    accumulation: int = 1
-    recompute: str = "none"
-    pipeline: int = 1
-    data: int = 1
-    context: int = 1
-    tensor: int = 1
-    expert: int = 1
-
-    @property
-    def length(self) -> int:
-        """S: tokens of a row on a rank."""
-        return self.sequence_length // self.context
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a micro-batch on a rank."""
-        return self.rows * self.length
 
 
 class Sent(NamedTuple):

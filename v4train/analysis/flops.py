@@ -23,6 +23,13 @@ def part_flops(config: ModelConfig, sequence_length: int) -> list[float]:
     return [3 * (2 * matrices + core) for matrices, core in zip(_part_matrices(config), cores, strict=True)]
 
 
+def attention_flops(config: ModelConfig, sequence_length: int) -> list[float]:
+    """Forward FLOPs per token of attention, projections included, of each of `Transformer.parts`."""
+    projections = [2 * attention_matrices(config, layer) for layer in config.layers]
+    of_mtp = [2 * attention_matrices(config, config.mtp_layer)] * config.mtp.num_layers
+    return [a + b for a, b in zip([0, *projections, 0, *of_mtp], _part_cores(config, sequence_length), strict=True)]
+
+
 def _part_matrices(config: ModelConfig) -> list[int]:
     hidden = config.hidden_size
     blocks = [_block(config, layer, ffn) for layer, ffn in zip(config.layers, config.ffn_kinds, strict=True)]

@@ -10,6 +10,14 @@ d dilation, g global tokens, m compression ratio. Values that a layer stores for
     csa           D min(W, T) + (D + J) (T // m + 6 m - 4)         kv and gate, twice each, of m - 1 tokens that wait;
                                                                    those of m tokens before, for the overlap
     hca           D min(W, T) + D (T // m + 2 m - 2)               kv and gate of m - 1 tokens that wait
+
+As DeepSeek deploys its models (V4.md 4.1; R of a vector's channels are rotated) one vector takes
+
+    V4's window and entries   (D - R) fp8, R bf16, a byte of scale for 64 of the fp8, in eights    584 bytes
+    V3's latent               L fp8, R bf16, an fp32 scale for 128 of the fp8                      656 bytes
+    index key of csa          J fp4, a byte of scale for 32 of them                                 68 bytes
+    index key of dsa          J fp8, an fp32 scale for 128 of them                                 132 bytes
+    all others                2 bytes a value: bf16
 """
 
 from dataclasses import dataclass
@@ -70,6 +78,40 @@ def cache_parts(config: ModelConfig, layer: LayerAttention) -> dict[str, Part]:
     if kind == "hca":
         return window | _compressed("entries", options.head_dim, options.hca_compression, overlap=False)
     return window
+
+
+def deployed_cache_bytes(config: ModelConfig, max_length: int) -> int:
+    """Bytes of the whole model's cache for one row of `max_length` >= 1 tokens in DeepSeek's own layouts."""
+    layers = [(layer, cache_parts(config, layer)) for layer in config.layers]
+    return sum(
+        part.values(max_length) // part.width * _vector_bytes(config, layer, name, part.width)
+        for layer, parts in layers
+        for name, part in parts.items()
+    )
+
+
+def deployed_bytes_per_token(config: ModelConfig) -> float:
+    """Bytes that one more token adds to that, on average as max_length grows."""
+    layers = [(layer, cache_parts(config, layer)) for layer in config.layers]
+    return sum(
+        _vector_bytes(config, layer, name, part.width) / part.ratio
+        for layer, parts in layers
+        for name, part in parts.items()
+        if part.limit is None
+    )
+
+
+def _vector_bytes(config: ModelConfig, layer: LayerAttention, name: str, width: int) -> int:
+    """Of `width` values that are cached together, by the buffer's name in the cache."""
+    if layer.kind in ("swa", "csa", "hca") and name in ("window", "entries"):
+        fp8 = width - layer.options.rope_dim
+        return fp8 + 2 * layer.options.rope_dim + 8 * -(-fp8 // (8 * 64))
+    if layer.kind in ("mla", "dsa") and name.removeprefix("first_") == "keys":
+        fp8 = layer.options.kv_lora_rank
+        return fp8 + 4 * -(-fp8 // 128) + 2 * layer.options.rope_dim
+    if name == "index":
+        return -(-width // 2) + -(-width // 32) if layer.kind == "csa" else width + 4 * -(-width // 128)
+    return 2 * width
 
 
 def _local(options: GQAConfig | MLAConfig, **widths: int) -> dict[str, Part]:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from v4train.analysis.parameters import parameter_counts
 from v4train.data import Tokenizer
 from v4train.hf.tokenizer import special_tokens
 from v4train.model import ModelConfig
-from v4train.model.counts import parameter_counts
 from v4train.train.metrics import read_metrics
 
 FIGURES = {

@@ -17,11 +17,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch import Size, Tensor
 
-from v4train.config import config_dir
 from v4train.errors import ConfigError
 from v4train.model import ModelConfig, model_config
 from v4train.model.config import RopeConfig
 from v4train.model.mix import expand_mix, parse_layer, refuse
+from v4train.overrides import config_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

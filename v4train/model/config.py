@@ -13,9 +13,17 @@ from v4train.model.mix import INDEXED_KINDS, expand_mix, parse_layer
 from v4train.model.rules import validate
 from v4train.structured import structured
 
-# How a selection of entries is computed, which says what it costs; no value changes a result
-GATHER_FROM = 4  # entries in reach, as a multiple of the top-k, from which gathering is faster (docs/performance.md)
+# How things are computed, which says what they cost (docs/performance.md); no value changes a result
+GATHER_FROM = 4  # entries in reach, as a multiple of the top-k, from which gathering is faster
+GATHERED = 2**21  # elements gathered at a time, at most: what a cache holds
 MEASURED_ENTRIES = 128  # for each query, on average, of the dense attention that its recall is measured with
+ENTRIES_AT_ONCE = 8192  # scored before the best are kept
+HELD = 2**21  # weights of one term of the softmax up to which plain products are the faster ones on a CPU
+BLOCK_ROWS, LEAST_BLOCK = 64, 8  # queries x heads of a block of a window, and its fewest queries
+# Elements of hidden states [B, S, M] from which memory counts for more than the 5 % of a step's time that it takes to
+# compute again what `recompute.forget` frees
+FORGET_FROM = 2**20
+LOGITS_BYTES = 16 * 2**20  # fp32 logits held at a time: few enough for a cache, enough for the products
 
 
 @dataclass

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from v4train.model.config import LOGITS_BYTES
 from v4train.model.precision import full, full_dtype
 from v4train.model.seams import Vocabulary
 
 WHOLE = Vocabulary()
-CHUNK_BYTES = 16 * 2**20  # fp32 logits held at a time: few enough for a cache, enough for the products
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -21,7 +21,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             make = torch.empty_like if len(x) else torch.zeros_like
             weight_gradient = make(weight, dtype=full_dtype(weight))
         x, weight = x.to(dtype), weight.to(dtype)
-        rows = max(1, min(x.shape[0], CHUNK_BYTES // (4 * weight.shape[0])))
+        rows = max(1, min(x.shape[0], LOGITS_BYTES // (4 * weight.shape[0])))
         buffer = x.new_empty(rows, weight.shape[0])
         for begin in range(0, x.shape[0], rows):
             chunk, target = x[begin : begin + rows], targets[begin : begin + rows]

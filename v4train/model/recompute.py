@@ -12,10 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-RECOMPUTE_LEVELS = ("none", "block", "attention")
-# Elements of hidden states [B, S, M] from which memory counts for more than the 5 % of a step's time that it takes to
-# compute again what `forget` frees (docs/performance.md)
-FORGET_FROM = 2**20
+from v4train.model.config import FORGET_FROM
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

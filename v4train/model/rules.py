@@ -15,6 +15,7 @@ RESIDUAL_KINDS = ("plain", "hc", "mhc")
 ROUTER_SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
 ACTIVATIONS = ("swiglu", "swiglu_oai")
 ATTENTION_MODES = ("dense", "indexer_warmup", "sparse")
+RECOMPUTE_LEVELS = ("none", "block", "attention")  # what they mean: recompute.py
 
 # Whole numbers that may be 0, numbers that may be 0, and seeds; all others are sizes or factors, above 0.
 MAY_BE_ZERO = (

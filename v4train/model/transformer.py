@@ -25,8 +25,7 @@ from v4train.model.init import initialise
 from v4train.model.losses import Losses
 from v4train.model.moe.router import ScoreRouter
 from v4train.model.mtp import MTP, next_tokens
-from v4train.model.recompute import RECOMPUTE_LEVELS
-from v4train.model.rules import ATTENTION_MODES
+from v4train.model.rules import ATTENTION_MODES, RECOMPUTE_LEVELS
 from v4train.model.seams import Seams
 
 

@@ -6,49 +6,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from v4train.errors import ConfigError
-
-OPTIMIZERS = ("muon", "adamw")
-
-
-@dataclass
-class OptimizerConfig:
-    """Values and their meaning: conf/optimizer/*.yaml."""
-
-    name: str  # muon: Muon on matrices and AdamW on the rest | adamw: AdamW on everything
-    learning_rate: float  # peak of the schedule, which reads it
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    momentum: float
-    update_rms: float
-    newton_schulz_steps: tuple[int, int]
-    newton_schulz_dtype: str  # float32 | bfloat16
-
-    def __post_init__(self) -> None:
-        self.betas = tuple(self.betas)
-        self.newton_schulz_steps = tuple(self.newton_schulz_steps)
-        if self.name not in OPTIMIZERS:
-            raise ConfigError("optimizer.name", self.name, "unknown optimizer", f"use one of {', '.join(OPTIMIZERS)}")
-        self._check_ranges()
-        if self.newton_schulz_dtype not in ("float32", "bfloat16"):
-            raise ConfigError(
-                "optimizer.newton_schulz_dtype", self.newton_schulz_dtype, "unknown type", "use float32 or bfloat16"
-            )
-
-    def _check_ranges(self) -> None:
-        """Written as `not ...`, so that NaN is refused too."""
-        for key in ("eps", "weight_decay"):
-            if not getattr(self, key) >= 0:
-                raise ConfigError(f"optimizer.{key}", getattr(self, key), "it can't be negative", "use 0 for none")
-        if not self.update_rms > 0:
-            raise ConfigError("optimizer.update_rms", self.update_rms, "it must be above 0", "V4 has 0.18")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
-            key, value = ("momentum", self.momentum) if not 0 <= self.momentum < 1 else ("betas", list(self.betas))
-            raise ConfigError(f"optimizer.{key}", value, "each decay must lie in [0, 1), betas being two", "see conf/")
-        if len(self.newton_schulz_steps) != 2 or min(self.newton_schulz_steps) < 0:
-            steps = list(self.newton_schulz_steps)
-            raise ConfigError("optimizer.newton_schulz_steps", steps, "two counts are expected", "V4 has [8, 2]")
+from v4train.optim.config import OptimizerConfig
 
 
 @dataclass

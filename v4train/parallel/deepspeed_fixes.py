@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from v4train.model.recompute import passes_on
+from v4train.optim.config import OptimizerConfig
 from v4train.optim.muon import Matrices, muon_update
-from v4train.optim.param_groups import OptimizerConfig, ParameterGroup
+from v4train.optim.param_groups import ParameterGroup
 from v4train.parallel.groups import Groups
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from v4train.data import Batch
 from v4train.model.losses import Recorded
+from v4train.optim.config import OptimizerConfig
 from v4train.optim.param_groups import (
-    OptimizerConfig,
     ParameterGroup,
     is_muon_parameter,
     local_parameters,
@@ -27,8 +27,9 @@ from v4train.parallel.gradients import gradients_of
 from v4train.parallel.groups import Groups, process_groups
 from v4train.parallel.layout import Layout
 from v4train.parallel.optimizer_state import ADAMW_KEYS, MUON_KEYS, STEP, WEIGHT, adamw_state, state_access
+from v4train.parallel.sizes import ParallelismConfig
 from v4train.parallel.slices import Box, Slice
-from v4train.parallel.topology import ParallelismConfig, Topology
+from v4train.parallel.topology import Topology
 
 
 @dataclass(frozen=True)

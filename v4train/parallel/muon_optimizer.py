@@ -4,8 +4,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
+from v4train.optim.config import OptimizerConfig
 from v4train.optim.muon import Matrices, muon_update
-from v4train.optim.param_groups import OptimizerConfig, ParameterGroup
+from v4train.optim.param_groups import ParameterGroup
 from v4train.parallel.collectives import gathered
 from v4train.parallel.deepspeed_fixes import install_muon, muon_settings
 

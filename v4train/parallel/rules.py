@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from v4train.errors import ConfigError
 from v4train.model import ModelConfig
-from v4train.parallel.topology import Sizes
+from v4train.parallel.sizes import Sizes
 
 
 def check_layout_of(model: ModelConfig, sizes: Sizes, sequence_length: int) -> None:

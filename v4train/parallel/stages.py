@@ -1,10 +1,8 @@
 """Pipeline stages: which parts of a model are on which rank, balanced by what they cost."""
 
-from collections.abc import Sequence
-
 from torch import nn
 
-from v4train.analysis.flops import part_flops
+from v4train.analysis.stages import stage_bounds
 from v4train.model import Transformer
 from v4train.model.embedding import Embedding
 from v4train.parallel.topology import Topology
@@ -22,10 +20,8 @@ class Stages:
 
     def __init__(self, model: Transformer, topology: Topology, sequence_length: int) -> None:
         self.count, self.index = topology.sizes.pipeline, topology.index("pipeline")
-        flops = part_flops(model.config, sequence_length)
         together = len(model.blocks) + 1  # the head and what follows it
-        units = [*flops[:together], sum(flops[together:])]
-        self.bounds = balanced(units, self.count)
+        self.bounds = stage_bounds(model.config, sequence_length, self.count)
         all_parts = model.parts()
         self.units = [[part] for part in all_parts[:together]] + [all_parts[together:]]
         self.parts = [
@@ -49,18 +45,3 @@ class Stages:
     @property
     def last(self) -> bool:
         return self.index == self.count - 1
-
-
-def balanced(costs: Sequence[float], count: int) -> list[int]:
-    """Bounds of `count` runs of consecutive costs, none empty, whose dearest is as cheap as can be."""
-    best: list[list[tuple[float, list[int]] | None]] = [[None] * (len(costs) + 1) for _ in range(count + 1)]
-    best[0][0] = (0.0, [0])
-    for run in range(1, count + 1):
-        for stop in range(run, len(costs) + 1):
-            choices = [
-                (max(before[0], sum(costs[start:stop])), [*before[1], stop])
-                for start in range(run - 1, stop)
-                if (before := best[run - 1][start]) is not None
-            ]
-            best[run][stop] = min(choices)
-    return best[count][len(costs)][1]

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from v4train import durable
+from v4train.analysis.parameters import parameter_counts
 from v4train.config import Settings
 from v4train.data import Source, load_data
 from v4train.errors import ConfigError
 from v4train.model import build_model
 from v4train.model.compiled import compile_model
-from v4train.model.counts import parameter_counts
 from v4train.model.precision import has_fast_bf16
 from v4train.parallel.engine import Engine
 from v4train.parallel.layout import Layout
@@ -27,6 +27,7 @@ from v4train.train import checkpoint
 from v4train.train.allocator import keep_freed_memory
 from v4train.train.deterministic import make_deterministic
 from v4train.train.distributed import gathered
+from v4train.train.dry_run import dry_run
 from v4train.train.lost_ranks import give_up, is_lost_peer
 from v4train.train.metrics import read_metrics, write_summary
 from v4train.train.progress import setup_logging, start_table
@@ -62,6 +63,8 @@ def run(settings: Settings) -> dict[str, float]:
         ConfigError: the run directory holds another experiment, or must not be touched.
         SystemExit: with code REQUEUE after a signal or `train.max_minutes`, when all is saved.
     """
+    if settings.train.dry_run:
+        return dry_run(settings)
     started = time.perf_counter()
     minutes = settings.train.max_minutes
     deadline = None if minutes is None else time.monotonic() + 60 * minutes

@@ -24,11 +24,11 @@ _DRAWN = {"drawn": True}  # `extra` of a record that the terminal already shows 
 console = Console()
 
 
-def setup_logging(run_dir: str | Path, rank: int) -> None:
+def setup_logging(run_dir: str | Path | None, rank: int) -> None:
     """Point the `v4train` logger of this process somewhere; called again, it replaces what it set up before.
 
-    Rank 0 writes everything to standard output and to `<run_dir>/log.txt`, appending; the others only warnings and
-    errors, to standard error.
+    Rank 0 writes everything to standard output and to `<run_dir>/log.txt`, appending, unless there is no folder; the
+    others only warnings and errors, to standard error.
     """
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
@@ -40,11 +40,13 @@ def setup_logging(run_dir: str | Path, rank: int) -> None:
         handler.setFormatter(logging.Formatter(f"rank {rank}: %(levelname)s: %(message)s"))
         logger.addHandler(handler)
         return
+    logger.addHandler(_ConsoleHandler())
+    if run_dir is None:
+        return
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     log_file = _LogFile(Path(run_dir) / "log.txt", encoding="utf-8")
     log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(log_file)
-    logger.addHandler(_ConsoleHandler())
 
 
 def start_table(rows: list[tuple[str, str]], title: str) -> None:

@@ -34,13 +34,12 @@ from v4train.model.attention.selection import (
     selection_mask,
     take_rows,
 )
-from v4train.model.attention.softmax import HELD, join, plain_normaliser
+from v4train.model.attention.softmax import join, plain_normaliser
 from v4train.model.attention.terms import Entries, Gathered, Inputs, InReach, Layout, Local, Part, Tokens, Window
-from v4train.model.config import GATHER_FROM, MEASURED_ENTRIES
+from v4train.model.config import GATHER_FROM, GATHERED, HELD, MEASURED_ENTRIES
 from v4train.model.precision import full, full_dtype, full_precision
 from v4train.model.seams import Heads
 
-GATHERED = 2**21  # elements gathered at a time, at most: what a cache holds
 ALL = Heads()
 MAIN = 6  # of `Inputs`, before the indexer's
 INDEX = slice(MAIN, None)

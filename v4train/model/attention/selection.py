@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from v4train.model.config import ENTRIES_AT_ONCE
 from v4train.model.precision import full, full_precision
 from v4train.model.seams import Heads
 
 ALL = Heads()
 Visible = Callable[[slice], Tensor]
-ENTRIES_AT_ONCE = 8192  # scored before the best are kept: bounds memory, not the result
 LOWEST = -(2**63)
 LOW_BITS = 2**32 - 1
 

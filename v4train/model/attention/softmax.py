@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from v4train.model.config import HELD
 from v4train.model.precision import full, full_product
-
-HELD = 2**21  # weights of one term up to which plain products are the faster ones on a CPU (docs/performance.md)
 
 
 @dataclass

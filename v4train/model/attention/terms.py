@@ -23,11 +23,10 @@ from torch.nn import functional as F
 
 from v4train.model.attention.selection import IndexUse, add_rows, take_rows
 from v4train.model.attention.softmax import Term
+from v4train.model.config import BLOCK_ROWS, LEAST_BLOCK
 from v4train.model.documents import in_window
 from v4train.model.precision import full_dtype
 from v4train.model.seams import Heads
-
-BLOCK_ROWS, LEAST_BLOCK = 64, 8  # queries x heads of a block of `Window`, and its fewest queries (docs/performance.md)
 
 
 @dataclass

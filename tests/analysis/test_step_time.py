@@ -1,0 +1,78 @@
+"""Time of a step from the numbers of a device, by hand."""
+
+import pytest
+
+from tests.models import tiny_config
+from v4train.analysis.activations import unit_bytes
+from v4train.analysis.communication import activation_bytes, gradient_bytes
+from v4train.analysis.flops import part_flops, training_flops_per_token
+from v4train.analysis.parameters import stage_shares
+from v4train.analysis.step_time import PASSES, Device, Use, bubble_fraction, exchanges, step_time, traffic_per_rank
+from v4train.analysis.work import Work
+
+DEVICE = Device(2e9, 1e9, node=2, node_bandwidth=1e6, bandwidth=1e3, memory_bandwidth=1e8, latency=0.1)
+USE = Use(efficiency=0.5, overlap=0.25)
+CONFIG = tiny_config("swa csa hca", mtp__num_layers=0)
+
+
+def test_one_rank_computes():
+    work = Work(64, rows=2, accumulation=3, optimizer="adamw", zero_stage=0)
+    time = step_time(CONFIG, work, DEVICE, USE)
+    flops = 3 * 128 * training_flops_per_token(CONFIG, 64)
+    passes = 3 * PASSES * sum(unit_bytes(CONFIG, work)) / 1e8
+    assert time.compute == pytest.approx(flops / 0.5e9 + passes)
+    assert time.bubble == time.optimizer == time.communication == 0
+    assert time.mfu == pytest.approx(flops / 1e9 / time.total)
+
+
+def test_bf16_is_at_another_rate():
+    seconds = []
+    for precision in ("fp32", "bf16"):
+        work = Work(64, optimizer="adamw", precision=precision)
+        passes = PASSES * sum(unit_bytes(CONFIG, work)) / 1e8
+        seconds.append(step_time(CONFIG, work, DEVICE, USE).compute - passes)
+    assert seconds[0] == pytest.approx(2 * seconds[1])
+
+
+def test_recomputation_adds_a_forward_of_the_blocks():
+    plain, again = (step_time(CONFIG, Work(64, optimizer="adamw", recompute=r), DEVICE, USE) for r in ("none", "block"))
+    blocks = sum(part_flops(CONFIG, 64)[1:4])
+    assert again.compute - plain.compute == pytest.approx(64 * blocks / 3 / 0.5e9)
+    part = step_time(CONFIG, Work(64, optimizer="adamw", recompute="attention"), DEVICE, USE)
+    assert plain.compute < part.compute < again.compute
+
+
+@pytest.mark.parametrize(("stages", "micro_batches", "share"), [(1, 4, 0), (4, 1, 3 / 4), (4, 12, 3 / 15)])
+def test_bubble(stages, micro_batches, share):
+    assert bubble_fraction(Work(64, pipeline=stages, accumulation=micro_batches)) == share
+
+
+def test_bubble_in_a_step():
+    work = Work(64, pipeline=2, accumulation=4)
+    time = step_time(CONFIG, work, DEVICE, USE)
+    assert time.bubble / (time.bubble + time.compute) == pytest.approx(bubble_fraction(work))
+
+
+def test_traffic_is_that_of_the_formulas():
+    work = Work(64, data=4, expert=2, optimizer="adamw", zero_stage=1)
+    share = stage_shares(CONFIG, work)[0]
+    dense = gradient_bytes(share.size - share.experts, 4, 1)
+    experts = 2 * gradient_bytes(share.experts, 2, 1)
+    sent = traffic_per_rank(CONFIG, work)
+    assert sent["gradients"] == (dense + experts) / 4
+    assert sent["expert"] == activation_bytes(CONFIG, work)["expert"] / 4
+    assert sent["tensor"] == sent["context"] == sent["pipeline"] == 0
+
+
+def test_links_and_waits():
+    """Experts' groups of 2 lie in a node, the 4 data ranks don't; a quarter is hidden; waits are not."""
+    work = Work(64, data=4, expert=2, optimizer="adamw", zero_stage=1)
+    sent = traffic_per_rank(CONFIG, work)
+    seconds = sent["expert"] / 1e6 + sent["gradients"] / 1e3
+    assert exchanges(CONFIG, work) == 3 * 7 + 1
+    assert step_time(CONFIG, work, DEVICE, USE).communication == pytest.approx(0.75 * seconds + 0.1 * 22)
+
+
+def test_tensor_parallelism_shares_out_a_part():
+    one, two, many = (step_time(CONFIG, Work(64, tensor=t, optimizer="adamw"), DEVICE, USE).compute for t in (1, 2, 4))
+    assert one / 2 < two < one and one / 4 < many < two

@@ -1,0 +1,102 @@
+"""`tools/estimate.py`: the published claims from the command line, without PyTorch; what it refuses."""
+
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from v4train.errors import ConfigError
+
+COMPARE = ["estimate.compare=[v32,flash,pro]", "estimate.context=1048576"]
+SPEC = importlib.util.find_spec("tools.estimate")
+
+
+@pytest.fixture
+def tool():
+    module = importlib.util.module_from_spec(SPEC)
+    sys.modules[SPEC.name] = module  # dataclasses look their module up
+    SPEC.loader.exec_module(module)
+    yield module
+    del sys.modules[SPEC.name]
+
+
+def printed(tool, capsys, *arguments):
+    tool.main(list(arguments))
+    return capsys.readouterr().out
+
+
+def test_the_headline_without_pytorch():
+    """As a user runs it: the four ratios to a tenth of a point, less than 3 s of computing, no PyTorch imported."""
+    program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
+    program += "print(*(name for name in ('torch', 'deepspeed') if name in sys.modules), file=sys.stderr)"
+    command = [sys.executable, "-c", program, "tools/estimate.py", *COMPARE, "estimate.format=json"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stderr.strip() == ""
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+    models = json.loads(done.stdout)["models"]
+    assert list(models) == ["v32", "flash", "pro"] and models["v32"]["flops_ratio"] == models["v32"]["kv_ratio"] == 1
+    assert models["pro"]["flops_ratio"] == pytest.approx(0.267, abs=1e-3)
+    assert models["flash"]["flops_ratio"] == pytest.approx(0.101, abs=1e-3)
+    assert models["pro"]["kv_ratio"] == pytest.approx(0.105, abs=1e-3)
+    assert models["flash"]["kv_ratio"] == pytest.approx(0.073, abs=1e-3)
+    counts = {name: (of["parameters"]["total"], of["parameters"]["active"]) for name, of in models.items()}
+    assert counts["flash"] == (pytest.approx(284.33e9, rel=1e-4), pytest.approx(13.27e9, rel=1e-4))
+    assert counts["pro"] == (pytest.approx(1.573e12, rel=1e-4), pytest.approx(48.85e9, rel=1e-4))
+
+
+def test_the_table_says_what_it_assumes(tool, capsys):
+    text = printed(tool, capsys, *COMPARE)
+    for figure in ("26.74%", "10.10%", "10.49%", "7.33%", "1,048,576"):
+        assert figure in text
+    assert "x0.5: index_csa" in text and "no elementwise work" in text
+
+
+def test_one_model_on_its_layout(tool, capsys):
+    arguments = ["model=pro", "parallelism=pro", "train.global_batch_size=1024", "train.sequence_length=4096"]
+    result = json.loads(printed(tool, capsys, *arguments, "estimate.format=json"))
+    layout = result["layout"]
+    assert (layout["ranks"], layout["pipeline"], layout["expert"]) == (512, 8, 64)
+    assert layout["tokens_per_step"] == 1024 * 4096
+    assert sum(result["training_flops_by_part"].values()) == pytest.approx(result["training_flops_per_token"])
+    memory = result["memory_gib"]
+    assert memory.pop("total") == pytest.approx(sum(memory.values()))
+    assert 0 < result["bubble"] < 1 and result["traffic_gib"]["expert"] > 0
+    text = printed(tool, capsys, *arguments)
+    assert "512 ranks: pipeline 8, data 64" in text and "GiB of the fullest rank" in text
+
+
+def test_ranks_of_a_layout(tool, capsys):
+    given = ["parallelism=tensor", "estimate.ranks=4", "estimate.format=json"]
+    layout = json.loads(printed(tool, capsys, *given))["layout"]
+    assert (layout["ranks"], layout["tensor"], layout["data"]) == (4, 2, 2)
+
+
+def test_the_plot(tool, capsys, tmp_path):
+    printed(tool, capsys, "estimate.compare=[v32_small,flash_small]", f"estimate.plot={tmp_path / 'curves.png'}")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["estimate.format=xml"], "estimate.format=xml: unknown format"),
+        (["estimate.context=0"], "estimate.context=0: it must be at least 1"),
+        (["estimate.contxt=8"], "estimate.contxt=.*: unknown key; did you mean estimate.context"),
+        (["estimate.precisions.ffn=int3"], "estimate.precisions.ffn=int3: unknown precision"),
+        (["estimate.compare=pro"], "estimate.compare=pro: a list of models"),
+        (["estimate.compare=[pro,nothing]"], "model=nothing: there is no such option"),
+        (["estimate.compare=[pro]", "model=flash"], "model=flash: estimate.compare names the models"),
+        (["parallelism.tensor=3"], "parallelism.tensor=3: .* must be a multiple of it"),
+        (["train.recompute=all"], "train.recompute=all: unknown level"),
+        (["train.global_batch_size=0"], "train.global_batch_size=0: it must be at least 1"),
+        (["parallelism=zero1", "estimate.ranks=3"], "train.global_batch_size=4: it must be a multiple of"),
+    ],
+)
+def test_what_it_refuses(tool, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        tool.main(arguments)

@@ -1,0 +1,35 @@
+"""`train.dry_run=true`: figures of the formulas and of a real first batch, and no trace of a run."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.runs import tiny
+from v4train.analysis.memory import GIB, peak_memory
+from v4train.analysis.work import Work
+from v4train.data import Batch
+from v4train.model.config import model_config
+from v4train.overrides import composed
+from v4train.train.dry_run import batch_statistics
+
+
+def test_statistics_of_rows_by_hand():
+    documents = torch.tensor([[0, 0, 1, 1, -1], [5, 5, 5, 5, 5]])
+    targets = torch.tensor([[3, -100, 4, -100, -100], [1, 2, 3, 4, -100]])
+    counts = batch_statistics([Batch(torch.zeros_like(documents), documents, targets)])
+    assert counts == {"positions": 10, "padding": 1, "targets": 6, "documents": 3}
+
+
+@pytest.mark.slow
+def test_what_it_shows_and_leaves(tmp_path):
+    overrides = tiny(tmp_path, "dry", "train.dry_run=true")
+    command = [sys.executable, "launch/pretrain.py", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
+    config = model_config(composed("pretrain", overrides).model)
+    memory = peak_memory(config, Work(96, rows=4)).total / GIB
+    assert f"{memory:.3g} GiB on it" in lines["memory"]
+    assert "384 positions" in lines["first"] and "10 steps of 1 x 4 rows of 96 tokens" in lines["training"]
+    assert not (tmp_path / "dry").exists()

@@ -1,0 +1,163 @@
+"""How long a training step takes on a device that is described by a few numbers.
+
+    step = (micro-batches + stages - 1) x the dearest stage's micro-batch + the optimizer + traffic that isn't hidden
+
+A micro-batch takes its FLOPs (recomputation included) over peak x efficiency, and the passes over what it keeps for
+backward: what is no product is bound by memory. Tensor parallelism shares out heads, inner channels and vocabulary;
+each rank does the rest for all of the tokens. Traffic is `communication.py`'s, over the link that joins the ranks of
+its axis; besides, ranks wait for each other in each exchange. For choosing between layouts: the sum is no better than
+the few numbers in conf/plan.yaml.
+"""
+
+from dataclasses import dataclass, replace
+
+from v4train.analysis.activations import unit_bytes
+from v4train.analysis.communication import activation_bytes, gradient_bytes, muon_bytes
+from v4train.analysis.decode import used_matrices
+from v4train.analysis.flops import attention_flops, part_flops, training_flops_per_token
+from v4train.analysis.parameters import Share, stage_shares
+from v4train.analysis.work import Work
+from v4train.model.config import ModelConfig
+
+NEWTON_SCHULZ_STEPS = 10  # 8 + 2
+PASSES = 8  # over memory for what is kept: written, read twice in forward, read in backward; as much for its gradient
+EXCHANGES = {"tensor": 7, "expert": 7, "context": 6}  # of a block, in forward and backward, about
+
+
+@dataclass
+class Device:
+    """Values and their meaning: conf/plan.yaml."""
+
+    flops_bf16: float
+    flops_fp32: float
+    node: int
+    node_bandwidth: float
+    bandwidth: float
+    memory_bandwidth: float
+    latency: float
+
+
+@dataclass
+class Use:
+    """How well a run uses the device: conf/plan.yaml."""
+
+    efficiency: float
+    overlap: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, `bubble` being those that the dearest stage waits, and its traffic in bytes a rank by axis."""
+
+    compute: float
+    bubble: float
+    optimizer: float
+    communication: float
+    traffic: dict[str, float]
+    mfu: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.bubble + self.optimizer + self.communication
+
+
+def bubble_fraction(work: Work) -> float:
+    """Share of a step's computing time that each stage waits: (P - 1) / (micro-batches + P - 1), by 1F1B."""
+    return (work.pipeline - 1) / (work.accumulation + work.pipeline - 1)
+
+
+def step_time(config: ModelConfig, work: Work, device: Device, use: Use, shares: list[Share] | None = None) -> StepTime:
+    """Of all ranks together, which end a step together."""
+    shares = shares or stage_shares(config, work)
+    peak = device.flops_bf16 if work.precision == "bf16" else device.flops_fp32
+    rate = peak * use.efficiency
+    kept = unit_bytes(config, replace(work, recompute="none"))
+    own = _share_of_flops(config, work) * work.tokens / rate
+    micro_batch = max(
+        own * flops + PASSES * sum(kept[share.units]) / device.memory_bandwidth
+        for flops, share in zip(_stage_flops(config, work, shares), shares, strict=True)
+    )
+    compute = work.accumulation * micro_batch
+    optimizer = 0.0
+    if work.optimizer == "muon":
+        optimizer = NEWTON_SCHULZ_STEPS * max(_orthogonalised(share, work) for share in shares) / rate
+    traffic = traffic_per_rank(config, work, shares)
+    seconds = sum(sent / _bandwidth(axis, work, device) for axis, sent in traffic.items())
+    bubble = (work.pipeline - 1) * micro_batch
+    communication = (1 - use.overlap) * seconds + device.latency * exchanges(config, work)
+    flops = training_flops_per_token(config, work.sequence_length) * work.step_tokens / work.world
+    mfu = flops / peak / (compute + bubble + optimizer + communication)
+    return StepTime(compute, bubble, optimizer, communication, traffic, mfu)
+
+
+def exchanges(config: ModelConfig, work: Work) -> float:
+    """How often ranks wait for each other in a step, about: those of a stage's blocks, and between stages."""
+    blocks = (config.num_layers + config.mtp.num_layers) / work.pipeline
+    each = sum(count for axis, count in EXCHANGES.items() if getattr(work, axis) > 1)
+    between = 4 if work.pipeline > 1 else 0
+    return work.accumulation * (blocks * each + between) + (1 if work.replicas > 1 else 0)
+
+
+def traffic_per_rank(config: ModelConfig, work: Work, shares: list[Share] | None = None) -> dict[str, float]:
+    """Bytes that a rank sends in a step, on average, by axis; under bf16 activations take half of their fp32 bytes."""
+    shares = shares or stage_shares(config, work)
+    sent = dict(activation_bytes(config, work))
+    for axis in ("tensor", "context", "expert"):
+        sent[axis] /= 2 if work.precision == "bf16" else 1
+    copies, stage = work.replicas, work.zero_stage
+    of_experts = copies // work.expert
+    gradients = 0.0
+    for share in shares:  # of each rank that has a share of its own: tensor x (expert)
+        dense = gradient_bytes(share.size - share.experts, copies, stage, work.accumulation)
+        experts = gradient_bytes(share.experts, of_experts, stage, work.accumulation)
+        gradients += work.tensor * (dense + work.expert * experts)
+        if work.optimizer == "muon":
+            whole, whole_experts = share.cut_matrices - share.cut_expert_matrices, share.cut_expert_matrices
+            sent["tensor"] += muon_bytes(whole * work.tensor, work.tensor, copies, stage)
+            sent["tensor"] += work.expert * muon_bytes(whole_experts * work.tensor, work.tensor, of_experts, stage)
+    sent["gradients"] = gradients
+    return {axis: total / work.world for axis, total in sent.items()}
+
+
+def _stage_flops(config: ModelConfig, work: Work, shares: list[Share]) -> list[float]:
+    """FLOPs of a token on each stage, with those that backward makes again."""
+    parts = part_flops(config, work.sequence_length)
+    if work.recompute == "attention":
+        again = attention_flops(config, work.sequence_length)
+    else:  # forward is a third of the whole; embedding and head keep all they need
+        blocks = config.num_layers if work.recompute == "block" else 0
+        again = [part / 3 if 1 <= index <= blocks else 0.0 for index, part in enumerate(parts)]
+    costs = [part + more for part, more in zip(parts, again, strict=True)]
+    together = config.num_layers + 1
+    units = [*costs[:together], sum(costs[together:])]
+    return [sum(units[share.units]) for share in shares]
+
+
+def _share_of_flops(config: ModelConfig, work: Work) -> float:
+    """Share of a token's FLOPs that each rank of a tensor group does: heads, inner channels, vocabulary are cut."""
+    if work.tensor == 1:
+        return 1.0
+    whole = sum(size for _, size in used_matrices(config, cut=False))
+    flops = training_flops_per_token(config, work.sequence_length)
+    left = min(1.0, 6 * whole / flops)
+    return left + (1 - left) / work.tensor
+
+
+def _orthogonalised(share: Share, work: Work) -> float:
+    """FLOPs of one Newton-Schulz iteration on what a rank has to do: all in ZeRO 0, its part in the others."""
+    if work.zero_stage == 0:
+        return share.newton_schulz
+    of_experts = share.expert_matrices / max(1, share.matrices)
+    return share.newton_schulz * ((1 - of_experts) / work.replicas + of_experts * work.expert / work.replicas)
+
+
+def _bandwidth(axis: str, work: Work, device: Device) -> float:
+    """Of the link that the ranks of an axis share: the last dimensions of the box of ranks are neighbours."""
+    span = {
+        "tensor": work.tensor,
+        "context": work.tensor * work.context,
+        "expert": work.tensor * work.expert,
+        "gradients": work.tensor * work.replicas,
+        "pipeline": work.world,
+    }[axis]
+    return device.node_bandwidth if span <= device.node else device.bandwidth

@@ -1,0 +1,51 @@
+"""What a run does in a step, and on which layout: what memory, traffic and time depend on beside the model."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sizes of a layout, and what it does in a step.
+
+    rows: of a micro-batch, on each of the `data` ranks; accumulation: micro-batches; sequence_length: of whole rows.
+    The words are those of conf/: `train.recompute`, `optimizer.name`, `precision`.
+    """
+
+    sequence_length: int
+    rows: int = 1
+    accumulation: int = 1
+    recompute: str = "none"
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
+    zero_stage: int = 1
+    optimizer: str = "muon"
+    precision: str = "fp32"
+    bucket: int = 500_000_000  # numbers that ZeRO reduces at a time: DeepSpeed's reduce_bucket_size, its default
+
+    @property
+    def length(self) -> int:
+        """S: tokens of a row on a rank."""
+        return self.sequence_length // self.context
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on a rank."""
+        return self.rows * self.length
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.pipeline * self.replicas * self.tensor
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that have the same parameters, but for experts: data x context."""
+        return self.data * self.context
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step over all ranks."""
+        return self.data * self.rows * self.accumulation * self.sequence_length

@@ -1,0 +1,97 @@
+"""`train.dry_run=true`: what a run would be, without a step of it: plan, memory, and statistics of its first batch.
+
+Nothing is written but a tokenizer or corpus that the data cache lacks, and no weight is made: the layout is applied to
+a model on the meta device, however large, and the figures are those of `analysis`.
+"""
+
+from dataclasses import asdict
+
+import torch
+from omegaconf import OmegaConf
+
+from v4train.analysis.flops import training_flops_per_token
+from v4train.analysis.memory import GIB, stage_memory
+from v4train.analysis.parameters import parameter_counts
+from v4train.analysis.step_time import bubble_fraction, traffic_per_rank
+from v4train.analysis.work import Work
+from v4train.config import Settings
+from v4train.data import Batch, BatchConfig, Loader, load_data
+from v4train.estimation import read_work
+from v4train.model import build_model
+from v4train.parallel.layout import Layout
+from v4train.train.distributed import all_max, all_sum
+from v4train.train.progress import setup_logging, start_table
+
+
+def dry_run(settings: Settings) -> dict[str, float]:
+    """Show it, on rank 0; every rank calls it. Returns the figures.
+
+    Raises:
+        ConfigError: the layout, the data or their tokenizer can't be what the run needs.
+    """
+    topology, train = settings.topology, settings.train
+    setup_logging(None, topology.rank)
+    work = read_work(OmegaConf.create(settings.resolved), settings.model, topology.world_size)
+    with torch.device("meta"):
+        model = build_model(settings.model)
+    layout = Layout(model, topology, train.sequence_length)
+    here = sum(model.get_parameter(name).numel() for name in layout.names)
+    figures = {"parameters_of_fullest_rank": all_max(float(here), topology.device), **planned(settings, work)}
+    tokenizer, corpus = load_data(settings.data, settings.tokenizer, train.validation_tokens)
+    sizes = (train.global_batch_size, train.micro_batch_size, topology.index("data"), topology.sizes.data)
+    loader = Loader(corpus, settings.data, tokenizer, train.sequence_length, BatchConfig(*sizes), settings.seed)
+    first = not any(topology.index(axis) for axis in ("tensor", "context", "pipeline"))  # of ranks with the same rows
+    try:
+        own = batch_statistics(loader.next_step())
+    finally:
+        loader.close()
+    figures |= all_sum({name: count * first for name, count in own.items()}, topology.device)
+    if topology.rank == 0:
+        start_table(rows(settings, work, figures), f"v4train: {settings.run.name}, dry run")
+    return figures
+
+
+def planned(settings: Settings, work: Work) -> dict[str, float]:
+    """By formula: GiB of the fullest rank by what it holds, what a rank sends, FLOPs, bubble."""
+    memory = max(stage_memory(settings.model, work), key=lambda of: of.total)
+    figures = {f"memory_gib/{name}": size / GIB for name, size in asdict(memory).items()}
+    figures |= {"memory_gib": memory.total / GIB, "bubble": bubble_fraction(work)}
+    figures["traffic_gib"] = sum(traffic_per_rank(settings.model, work).values()) / GIB
+    figures["flops_per_step"] = training_flops_per_token(settings.model, work.sequence_length) * work.step_tokens
+    return figures
+
+
+def batch_statistics(batches: list[Batch]) -> dict[str, float]:
+    """Of this rank's rows of a step: positions, padding, targets that count, documents."""
+    counts = dict.fromkeys(("positions", "padding", "targets", "documents"), 0.0)
+    for batch in batches:
+        counts["positions"] += batch.input_ids.numel()
+        counts["padding"] += int((batch.document_ids < 0).sum())
+        counts["targets"] += int((batch.own_targets >= 0).sum())
+        counts["documents"] += sum(len(row[row >= 0].unique()) for row in batch.document_ids)
+    return counts
+
+
+def rows(settings: Settings, work: Work, figures: dict[str, float]) -> list[tuple[str, str]]:
+    total, active = parameter_counts(settings.model)
+    parts = [(name.partition("/")[2], figures[name]) for name in figures if name.startswith("memory_gib/")]
+    held = ", ".join(f"{name} {size:.3g}" for name, size in parts if size)
+    batch = (
+        f"{work.accumulation} x {work.rows} rows of {work.sequence_length:,} tokens on each of {work.data} data ranks"
+    )
+    documents, positions, padding = (figures[name] for name in ("documents", "positions", "padding"))
+    return [
+        ("model", f"{settings.model.name}: {' '.join(settings.model.layer_kinds)}"),
+        ("parameters", f"{total / 1e6:,.2f} M, of which {active / 1e6:,.2f} M active for a token"),
+        ("layout", f"{work.world} ranks: {settings.topology.sizes}, ZeRO {work.zero_stage}, {settings.precision}"),
+        ("fullest rank", f"{figures['parameters_of_fullest_rank'] / 1e6:,.2f} M parameters before ZeRO"),
+        ("memory", f"{figures['memory_gib']:.3g} GiB on it, beside the process itself: {held}"),
+        ("training", f"{settings.train.total_steps:,} steps of {batch}"),
+        ("step", f"{figures['flops_per_step'] / 1e12:,.4g} TFLOPs, {figures['traffic_gib']:.3g} GiB sent by a rank"),
+        ("bubble", f"{figures['bubble']:.1%} of the pipeline's time"),
+        (
+            "first batch",
+            f"{positions:,.0f} positions, {padding / positions:.2%} padding, {figures['targets']:,.0f} targets, "
+            f"{documents:,.0f} documents of {(positions - padding) / max(documents, 1):,.0f} tokens",
+        ),
+    ]
