@@ -44,10 +44,14 @@ def sync_folder(folder: Path) -> None:
 def replace(path: Path, content: bytes) -> None:
     """Write a file that is the old one or the new one, whole, whenever the machine stops."""
     temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as file:
-        file.write(content)
-        sync(file)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            sync(file)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

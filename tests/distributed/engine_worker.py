@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -215,6 +216,7 @@ def run_job(job: dict, topology: object) -> dict:
     if "load" in job:
         state = torch.load(job["load"], weights_only=True)
         engine.load_named_state(lambda name, box: state[name])
+    whole_state(engine)  # before the optimizers have any
     result = {"losses": [], "norms": [], "finite": [], "counts": engine.parameter_counts}
     for step in range(job.get("start", 0), job.get("stop", STEPS)):
         if step == job.get("save_at"):
@@ -262,7 +264,10 @@ def run_job(job: dict, topology: object) -> dict:
 def whole_state(engine: object) -> dict[str, dict[str, Tensor]]:
     """Name -> kind -> whole tensor, from what all ranks would save; every rank takes part."""
     of_ranks = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_ranks, list(engine.local_state()))
+    local = list(engine.local_state())
+    for of in {kind for kind, _, _ in local}:
+        serialize({key: tensor for kind, key, tensor in local if kind == of})  # it refuses tensors that share memory
+    torch.distributed.all_gather_object(of_ranks, local)
     pieces: dict[tuple[str, str], list[tuple[Slice | None, Tensor]]] = defaultdict(list)
     for kind, key, tensor in (item for items in of_ranks for item in items):
         piece = Slice.of_key(key)

@@ -98,7 +98,8 @@ def test_a_disk_that_is_full_from_the_start_is_refused(base, small_disk):
     with suppress(OSError), filler.open("ab", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
-    Life(arguments, log, give_up_soon).end()
+    assert Life(arguments, log, give_up_soon).end() == 1
+    assert f"run.dir={small_disk / name}: it can't be written (No space left on device)" in log.read_text()
     assert checkpoint.newest(small_disk / name / "checkpoints").name == "step_00000030"
     filler.unlink()
     assert Life(arguments, log).end() == 0, log.read_text()[-3000:]

@@ -48,6 +48,8 @@ def kill_one(base, name, ranks, layout, number, draw):
     if number % 3 == 2:
         moment = time.monotonic() + draw.uniform(0, 3)
         hit = victim.kill_when(lambda: time.monotonic() >= moment)
+        for life in lives:  # as torchrun does: what waits for a rank to appear would wait for long
+            life.process.kill()
     else:
         began, more = steps(base, name), draw.randrange(2, 8)
         hit = victim.kill_when(

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from v4train.data import Batch
 from v4train.model.losses import Recorded
@@ -240,7 +240,7 @@ class Engine:
         for number, (name, (parameter, shape)) in enumerate(self._parameters.items()):
             if not self._saves(name, number):
                 continue
-            muon, first = self._use_muon[name], False
+            muon, first, box = self._use_muon[name], False, self._box(name)
             shape = shape if self.layout is None else self.layout.shapes[name]
             size = math.prod(shape)
             for kind in (WEIGHT, *(MUON_KEYS if muon else ADAMW_KEYS)):
@@ -249,8 +249,8 @@ class Engine:
                     if len(values) == size:
                         yield kind, name, values.view(shape)
                     else:
-                        yield kind, Slice(name, self._box(name), begin).key(), values
-            if first and not muon:  # parameters in one flat buffer share the count; they always have the same
+                        yield kind, Slice(name, box, begin).key(), values
+            if first and not muon and not any(side.start for side in box):  # all its parts have the same
                 step = self._optimizer.state[self._state.holder(parameter)].get(STEP)
                 yield STEP, name, torch.zeros(()) if step is None else step.detach().to("cpu", copy=True)
 
@@ -258,8 +258,8 @@ class Engine:
         """Whether this rank saves what it holds of the parameter, of all that hold the same; they take turns."""
         topology, group = self.topology, self._group_of[name]
         sizes = topology.sizes
-        if not group.is_part("tensor") and number % sizes.tensor != topology.index("tensor"):
-            return False
+        if not group.is_part("tensor") and self.groups.index(group) % sizes.tensor != topology.index("tensor"):
+            return False  # whole groups, since their buffers are copied whole
         if self._zero_stage > 0:  # each has its own range
             return True
         copies = "expert_replica" if group.is_part("expert") else "replica"
@@ -275,6 +275,8 @@ class Engine:
         the parameter.
         """
         for name, (parameter, shape) in self._parameters.items():
+            if not self._state.holds(parameter):
+                continue
             tensors, muon = read(name, self._box(name)), self._use_muon[name]
             expected = dict.fromkeys((WEIGHT, *(MUON_KEYS if muon else ADAMW_KEYS)), shape)
             expected |= {} if muon else {STEP: torch.Size(())}
@@ -299,17 +301,16 @@ class _Copies:
     """Of tensors that lie in few buffers: a buffer is copied at once, which is several times as fast."""
 
     def __init__(self) -> None:
-        self._buffers: dict[int, Tensor] = {}
+        self._buffers: dict[int, tuple[UntypedStorage, Tensor]] = {}  # the storage, lest its address be used again
 
     def of(self, flat: Tensor) -> Tensor:
         """Copy [n] on the CPU of a contiguous tensor [n]."""
         flat = flat.detach()
         storage = flat.untyped_storage()
-        buffer = self._buffers.get(storage.data_ptr())
-        if buffer is None:
+        if storage.data_ptr() not in self._buffers:
             whole = torch.empty(0, dtype=flat.dtype, device=flat.device).set_(storage)
-            buffer = self._buffers[storage.data_ptr()] = whole.to("cpu", copy=True)
-        return buffer.narrow(0, flat.storage_offset(), len(flat))
+            self._buffers[storage.data_ptr()] = storage, whole.to("cpu", copy=True)
+        return self._buffers[storage.data_ptr()][1].narrow(0, flat.storage_offset(), len(flat))
 
 
 def _shapes(shapes: Mapping[str, torch.Size]) -> dict[str, list[int]]:

@@ -162,7 +162,7 @@ class Layout:
 def _cut(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
     for cut in cuts:
         tensor = cut.of(tensor)
-    return tensor.contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format) if cuts else tensor.contiguous()  # not a view of it all
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:

@@ -32,6 +32,9 @@ class StateAccess(Protocol):
         yet.
         """
 
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether any of the parameter is here; `set` does nothing where none is."""
+
     def set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         """Put a flat whole tensor back; every rank gives the same."""
 
@@ -73,6 +76,9 @@ class WholeState:
         if tensor is None:
             tensor = torch.zeros_like(parameter)
         return [(0, tensor.detach().reshape(-1).float())]
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        return True
 
     def set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         self._tensor(parameter, key, create=True).copy_(value.view(parameter.shape))
@@ -140,7 +146,7 @@ class FlatState:
             return [] if begin else [(0, self._momentum(parameter, create=False))]
         local = self._partition(parameter, key, create=False)
         if local is None:
-            local = torch.zeros_like(self.holder(parameter))
+            return [(begin, torch.zeros(in_partition.stop - in_partition.start, device=self.holder(parameter).device))]
         return [(begin, local[in_partition])]
 
     def _held(self, parameter: nn.Parameter) -> tuple[int, slice] | None:
@@ -150,6 +156,9 @@ class FlatState:
             own = [(in_whole.start, there) for rank, in_whole, there in self._slices(parameter) if rank == me]
             self._own[parameter] = own[0] if own else None
         return self._own[parameter]
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        return self._held(parameter) is not None
 
     def set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         group, _ = self._place[parameter]
@@ -201,6 +210,9 @@ class PartitionedState:
         begin = size * self._zero._get_param_partition_rank(parameter)
         left = parameter.ds_numel - begin  # the last part is padded
         return [(begin, part[:left])] if left > 0 else []
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        return True
 
     def set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         part = self._part(parameter, key, create=True)

@@ -34,6 +34,7 @@ from v4train.parallel.slices import Box, Slice, assembled
 FORMAT = 2  # raised when an older reader would misread the files; 1 had whole tensors, and no checksum of the manifest
 MANIFEST = "manifest.json"
 BUFFERS = "buffers"
+REPLACED = "-replaced"  # end of the name of one that another of the same step takes the place of
 
 logger = logging.getLogger("v4train")
 
@@ -131,7 +132,7 @@ class Reader:
     def parameter(self, name: str, box: Box | None = None) -> dict[str, Tensor]:
         """CPU tensors of a parameter by kind (`weight`, `exp_avg`, ...): what lies at `box`, or whole (None).
 
-        None for a name that isn't there; ValueError for one of which values are missing.
+        Nothing for a name that isn't there. Raises ValueError where values are missing.
         """
         return {kind: _read(places, box) for kind, places in self._where.get(name, {}).items()}
 
@@ -177,12 +178,27 @@ def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
     present = paths[: len(paths) - len(later)]
     old = present[: max(0, len(present) - keep)] if keep else []
     old = [path for path in old if not (keep_every and _step(path) % keep_every == 0)]
-    for path in [*(path for path in later if damage(path)), *old]:
+    for path in [*(path for path in later if _is_torn(path)), *old]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether it is damaged for good: not one of a newer format, or that can't be read just now."""
+    try:
+        files = read_manifest(path)["files"]
+        return any(sha256_of(path / name) != digest for name, digest in files.items())
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
 
 
 def remove_leftovers(folder: Path) -> None:
     """What killed and failed attempts have left. Only where nobody writes."""
+    for path in folder.glob(f".step_*{REPLACED}"):  # killed between two names
+        final = folder / path.name[1:].partition("-")[0]
+        if not final.exists():
+            path.rename(final)
     for path in folder.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from v4train import durable
-from v4train.train.checkpoint import BUFFERS, FORMAT, MANIFEST, manifest_bytes, prune, remove_leftovers
+from v4train.train.checkpoint import BUFFERS, FORMAT, MANIFEST, REPLACED, manifest_bytes, prune, remove_leftovers
 
 POLL = 0.02  # seconds between looks for the other ranks' files
 LATE = 20.0  # seconds after which a file that another rank has written must be seen
@@ -53,7 +54,7 @@ class CheckpointWriter:
         return self._attempt is not None and self._attempt.thread.is_alive()
 
     def start(self, step: int, parameters: Parameters, buffers: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Take a step's state and begin to write it. Collective; only after `settle`.
+        """Take a step's state and begin to write it. Every rank must; only after `settle`.
 
         Args:
             parameters: (kind, key, CPU tensor) of this rank's part (`Engine.local_state`); nobody changes the tensors
@@ -73,7 +74,10 @@ class CheckpointWriter:
         self._attempt = _Attempt(temporary, final, files, manifest, self._rank, self._keep, self._keep_every)
 
     def settle(self) -> str | None:
-        """Wait for what was begun; why it failed, on every rank, or None. Collective."""
+        """Wait for what was begun; why it failed, on every rank, or None. Collective.
+
+        Raises RuntimeError, on every rank, for an error that no file system makes.
+        """
         if self._attempt is None:
             return None
         attempt, self._attempt = self._attempt, None
@@ -85,6 +89,8 @@ class CheckpointWriter:
         problem = problem or ended
         if problem and self._rank == 0:
             remove_leftovers(self._folder)
+        if any(_gathered(attempt.wrong)):
+            raise RuntimeError(f"a checkpoint can't be written: {problem}")
         return problem
 
     def join(self, seconds: float) -> None:
@@ -109,6 +115,7 @@ class _Attempt:
         self._temporary, self._final, self._files, self._manifest = temporary, final, files, manifest
         self._rank, self._keep, self._keep_every = rank, keep, keep_every
         self.problem: str | None = None
+        self.wrong = False  # an error of ours, which trying again won't mend
         self.written, self.all_written, self.abandoned = (threading.Event() for _ in range(3))
         self.thread = threading.Thread(target=self._run, name="v4train-checkpoint", daemon=True)
         self.thread.start()
@@ -121,6 +128,7 @@ class _Attempt:
                 self._complete()
         except BaseException as error:  # safetensors has classes of its own; others would wait for ever
             self.problem = f"rank {self._rank}: {' '.join(str(error).split())}"
+            self.wrong = not isinstance(error, (OSError, SafetensorError))
         finally:
             self._files.clear()
             self.written.set()
@@ -139,7 +147,8 @@ class _Attempt:
     def _complete(self) -> None:
         parts = [self._temporary / _part(rank) for rank in range(self._manifest["world_size"])]
         late = None
-        while not all(part.exists() for part in parts):
+        missing = list(parts)
+        while missing := [part for part in missing if not part.exists()]:
             if self.abandoned.wait(POLL):
                 return
             if self.all_written.is_set():
@@ -155,13 +164,14 @@ class _Attempt:
         there = {path.name for path in self._temporary.iterdir()}
         if there != {*digests, MANIFEST}:
             raise OSError(f"files have vanished: {', '.join(sorted({*digests, MANIFEST} ^ there))}")
-        replaced = self._temporary.with_name(f"{self._temporary.name}-replaced")
+        replaced = self._temporary.with_name(f"{self._temporary.name}{REPLACED}")
         if self._final.exists():  # of the same step: this run went back before it
             os.rename(self._final, replaced)
         os.rename(self._temporary, self._final)
-        durable.sync_folder(self._final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-        prune(self._final.parent, self._manifest["step"], self._keep, self._keep_every)
+        with durable.optional(self._final):  # it is there: what fails now is no reason to write it again
+            durable.sync_folder(self._final.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+            prune(self._final.parent, self._manifest["step"], self._keep, self._keep_every)
 
 
 def save(

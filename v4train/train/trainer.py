@@ -50,6 +50,7 @@ from v4train.train.step_times import StepTimes, over_ranks, timing_waits
 from v4train.train.tracking import Tracker
 
 RETRY_SECONDS = 30  # until a checkpoint that couldn't be written is tried again, if none is due before
+LAST_WRITE = 5  # seconds that a run which ends with an error gives to a checkpoint that is being written
 FINAL_PAUSES = (0, 2, 4, 8, 16)  # seconds before each attempt to write the last one
 
 logger = logging.getLogger("v4train")
@@ -393,11 +394,8 @@ class Trainer:
         """Where training ends with an error, the checkpoint that is being written is still worth having."""
         try:
             yield
-        except ConfigError:  # every rank's
-            self._settle()
-            raise
-        except BaseException:
-            self.writer.join(FINAL_PAUSES[-1])
+        except BaseException:  # perhaps of this rank alone, so that nothing can be agreed on
+            self.writer.join(LAST_WRITE)
             raise
 
     def _settle(self) -> str | None:
