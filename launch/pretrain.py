@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from v4train.config import complete, config_dir, explain, settings
 from v4train.errors import ConfigError
+from v4train.train.signals import REQUEUE
 
 LISTENING = 5  # seconds that other ranks leave rank 0 to speak
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `main`, which says them in one line
@@ -47,14 +48,24 @@ def refuse(error: ConfigError) -> None:
     sys.exit(2)
 
 
-if __name__ == "__main__":
+def started() -> int:
+    """The exit code of the run: 0, or that of one that has saved and wants to be started again."""
     try:
         run()
     except (HydraException, OmegaConfBaseException) as error:
         refuse(explain(error))
     except KeyboardInterrupt:
-        sys.exit(130)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by torchrun, or by the run itself under srun
+        return 130
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+if __name__ == "__main__":
+    code = started()
+    # Set by torchrun, or by the run itself under srun
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and code in (0, REQUEUE):
         from v4train.parallel.topology import leave
 
-        leave()
+        leave(code)
+    sys.exit(code)

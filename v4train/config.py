@@ -35,7 +35,7 @@ from v4train.train.tracking import TrackingConfig
 # Overrides that say how or where to run, not what: they stay out of a run's default name.
 UNNAMED = re.compile(
     r"^[+~]*(model=|run\.|checkpoint|tracking|device=|compile=|hydra|tokenizer\.cache_dir"
-    r"|train\.(stop_at_step|recompute|profile)=)"
+    r"|train\.(stop_at_step|max_minutes|recompute|profile)=)"
 )
 NAME_LENGTH = 120  # longer default names are cut and end in a hash
 PRECISIONS = ("fp32", "bf16")
@@ -63,6 +63,7 @@ class TrainConfig:
     max_steps: int | None
     max_tokens: int | None
     stop_at_step: int | None
+    max_minutes: float | None
     global_batch_size: int
     micro_batch_size: int | None
     sequence_length: int
@@ -240,6 +241,8 @@ def _check_train(train: TrainConfig, data_size: int) -> None:
     for key in ("max_steps", "max_tokens", "stop_at_step", "micro_batch_size"):
         if getattr(train, key) is not None and getattr(train, key) < 1:
             refuse(key, "it must be at least 1", "choose a positive number, or null")
+    if train.max_minutes is not None and not train.max_minutes > 0:
+        refuse("max_minutes", "it must be above 0", "give minutes, or null for no limit")
     if train.recompute not in RECOMPUTE_LEVELS:
         refuse("recompute", "unknown level", f"use one of {', '.join(RECOMPUTE_LEVELS)}")
     if train.max_steps is None and train.max_tokens is None:

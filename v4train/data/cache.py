@@ -1,9 +1,7 @@
 """A folder made once, by one process, and found by all the others whole or not at all."""
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 import uuid
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from v4train.durable import sha256_of, sync_file
 from v4train.errors import ConfigError
 
 MANIFEST = "manifest.json"
@@ -43,7 +42,7 @@ def is_whole(folder: Path) -> bool:
     """Whether the folder has a manifest and every file in it has the listed SHA-256."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return all(_sha256(folder / file) == digest for file, digest in manifest.items())
+        return all(sha256_of(folder / file) == digest for file, digest in manifest.items())
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -85,7 +84,7 @@ def _build(root: Path, name: str, build: Callable[[Path], None]) -> None:
         raise _not_writable(root, error) from error
     try:
         build(temporary)
-        manifest = {file.name: _sha256(file, durable=True) for file in sorted(temporary.iterdir())}
+        manifest = {file.name: sync_file(file) for file in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         if final.exists():
             logger.warning("%s is damaged (its files don't match its manifest); made again", final)
@@ -93,10 +92,3 @@ def _build(root: Path, name: str, build: Callable[[Path], None]) -> None:
         temporary.rename(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sha256(path: Path, durable: bool = False) -> str:
-    with path.open("rb") as file:
-        if durable:  # on disk before the rename that makes it visible
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()

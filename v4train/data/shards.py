@@ -17,18 +17,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from v4train.data.tokenizer import Tokenizer
+from v4train.durable import TEMPORARY, replace, sha256_of, sync, sync_folder
 from v4train.errors import ConfigError
 
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 FORMAT = 1
 _LOCK = ".lock"
-_TEMPORARY = ".tmp"
 _TOKENS, _OFFSETS, _HASHES = ".tokens", ".offsets.npy", ".hashes.npy"
 _OWN_FILE = re.compile(r"(?P<shard>\d{5,})(\.tokens|\.offsets\.npy|\.hashes\.npy)(\.tmp)?")
 _OPEN_SHARDS = 128  # mapped at a time: a shard's maps hold three file descriptors, of which a process often has 1024
@@ -136,19 +136,19 @@ class ShardWriter:
             self._shard = None
             shards = [*self._index["shards"], *done]
             self._index = self._index | {"shards": shards, "complete": complete, "position": position}
-            _replace(self.folder / INDEX, json.dumps(self._index, indent=1))
+            replace(self.folder / INDEX, json.dumps(self._index, indent=1).encode())
 
     def _begin(self, source: str) -> dict[str, Any]:
-        others = [p.name for p in self.folder.iterdir() if p.name.removesuffix(_TEMPORARY) not in (_LOCK, TOKENIZER)]
-        if set(others) - {INDEX + _TEMPORARY}:
+        others = [p.name for p in self.folder.iterdir() if p.name.removesuffix(TEMPORARY) not in (_LOCK, TOKENIZER)]
+        if set(others) - {INDEX + TEMPORARY}:
             rule = f"the folder holds other things ({sorted(others)[0]}) and no {INDEX}"
             raise ConfigError("out", self.folder, rule, "name a new or an empty folder")
         dtype = "<u2" if self._tokenizer.vocab_size <= 1 << 16 else "<u4"
         head = {"format": FORMAT, "tokenizer": self._tokenizer.fingerprint, "dtype": dtype, "source": source}
         index = head | {"shards": [], "complete": False, "position": None}
         with _writing(self.folder):
-            _replace(self.folder / TOKENIZER, self._tokenizer.json)
-            _replace(self.folder / INDEX, json.dumps(index, indent=1))
+            replace(self.folder / TOKENIZER, self._tokenizer.json.encode())
+            replace(self.folder / INDEX, json.dumps(index, indent=1).encode())
         return index
 
     def _continue(self, source: str) -> dict[str, Any]:
@@ -161,9 +161,9 @@ class ShardWriter:
         listed = {shard["name"] for shard in index["shards"]}
         for path in self.folder.iterdir():
             own = _OWN_FILE.fullmatch(path.name)
-            if own and (own["shard"] not in listed or path.suffix == _TEMPORARY):
+            if own and (own["shard"] not in listed or path.suffix == TEMPORARY):
                 path.unlink()  # of a killed process
-        (self.folder / (INDEX + _TEMPORARY)).unlink(missing_ok=True)
+        (self.folder / (INDEX + TEMPORARY)).unlink(missing_ok=True)
         return index
 
 
@@ -190,7 +190,7 @@ class _OpenShard:
 
     def seal(self) -> dict[str, Any]:
         """Make it durable under its real names; its entry in the index."""
-        _make_durable(self._file)
+        sync(self._file)
         self._file.close()
         digests = {
             self._name + _TOKENS: self._digest.hexdigest(),
@@ -198,8 +198,8 @@ class _OpenShard:
             self._name + _HASHES: self._store(_HASHES, np.array(self._hashes, dtype=np.uint64)),
         }
         for name in digests:
-            os.replace(self._folder / (name + _TEMPORARY), self._folder / name)
-        _make_folder_durable(self._folder)
+            os.replace(self._folder / (name + TEMPORARY), self._folder / name)
+        sync_folder(self._folder)
         sizes = {name: (self._folder / name).stat().st_size for name in digests}
         counts = {"documents": len(self._hashes), "tokens": self.num_tokens}
         return {"name": self._name, **counts, "bytes": sizes, "sha256": digests}
@@ -207,7 +207,7 @@ class _OpenShard:
     def _store(self, kind: str, array: np.ndarray) -> str:
         with self._temporary(kind).open("wb+") as file:
             np.save(file, array)
-            _make_durable(file)
+            sync(file)
             file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -217,7 +217,7 @@ class _OpenShard:
             self._temporary(kind).unlink(missing_ok=True)
 
     def _temporary(self, kind: str) -> Path:
-        return self._folder / (self._name + kind + _TEMPORARY)
+        return self._folder / (self._name + kind + TEMPORARY)
 
 
 class _Map(NamedTuple):
@@ -346,35 +346,6 @@ def read_index(folder: Path, key: str) -> dict[str, Any]:
         rule = f"it isn't an index of format {FORMAT}"
         raise ConfigError(key, folder / INDEX, rule, "tokenise with this version of tools/tokenize.py")
     return index
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + _TEMPORARY)
-    with temporary.open("wb") as file:
-        file.write(text.encode())
-        _make_durable(file)
-    os.replace(temporary, path)
-    _make_folder_durable(path.parent)
-
-
-def _make_durable(file: IO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _make_folder_durable(folder: Path) -> None:
-    """So that renames are on disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _locked(folder: Path) -> FileLock:

@@ -29,7 +29,7 @@ from v4train.hf.folder import check_free, new_folder
 from v4train.model import ModelConfig, Transformer, build_model
 from v4train.optim.param_groups import param_groups
 from v4train.parallel.optimizer_state import ADAMW_KEYS, MUON_KEYS, STEP, WEIGHT
-from v4train.train import checkpoint
+from v4train.train import checkpoint, checkpoint_writer
 from v4train.train.run_directory import RunDirectory
 
 NAME = "imported"  # option of the config group `model`
@@ -126,16 +126,18 @@ def _save(checked: Settings, model: Transformer, directory: RunDirectory, tokeni
         "layout": asdict(checked.topology.sizes),
     }
     buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
-    checkpoint.save(directory.checkpoints, 0, _fresh_state(checked, model), buffers, state, keep=0)
+    checkpoint_writer.save(directory.checkpoints, 0, _fresh_state(checked, model), buffers, state)
 
 
-def _fresh_state(checked: Settings, model: Transformer) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """What `Engine.named_state` gives before the first step."""
+def _fresh_state(checked: Settings, model: Transformer) -> Iterator[tuple[str, str, Tensor]]:
+    """What `Engine.local_state` gives before the first step."""
     use_muon = {name: group.use_muon for group in param_groups(model, checked.optimizer) for name in group.parameters}
     for name, parameter in model.named_parameters():
-        keys = MUON_KEYS if use_muon[name] else ADAMW_KEYS
-        tensors = {WEIGHT: parameter.detach()} | {key: torch.zeros_like(parameter) for key in keys}
-        yield name, tensors if use_muon[name] else tensors | {STEP: torch.zeros(())}
+        yield WEIGHT, name, parameter.detach()
+        for kind in MUON_KEYS if use_muon[name] else ADAMW_KEYS:
+            yield kind, name, torch.zeros_like(parameter)
+        if not use_muon[name]:
+            yield STEP, name, torch.zeros(())
 
 
 def _verify(directory: RunDirectory, folder: Path) -> Agreement:

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from v4train.data import Batch
 from v4train.model.losses import Recorded
@@ -27,6 +27,7 @@ from v4train.parallel.gradients import gradients_of
 from v4train.parallel.groups import Groups, process_groups
 from v4train.parallel.layout import Layout
 from v4train.parallel.optimizer_state import ADAMW_KEYS, MUON_KEYS, STEP, WEIGHT, adamw_state, state_access
+from v4train.parallel.slices import Box, Slice
 from v4train.parallel.topology import ParallelismConfig, Topology
 
 
@@ -82,6 +83,8 @@ class Engine:
         # Before ZeRO 3 empties the parameters
         self._parameters = {name: (parameter, parameter.shape) for name, parameter in local_parameters(model)}
         self._use_muon = {name: group.use_muon for group in self.groups for name in group.parameters}
+        self._group_of = {name: group for group in self.groups for name in group.parameters}
+        self._zero_stage = parallelism.zero_stage
         self._grad_clip, self.precision = grad_clip, precision
         groups = process_groups(topology)
         self._optimizer = build_optimizer(self.groups, optimizer_config, groups["tensor"])
@@ -213,47 +216,87 @@ class Engine:
         if unknown:
             raise ValueError(f"no parameter group {sorted(unknown)}; there are {[group.name for group in self.groups]}")
 
-    @torch.no_grad()
-    def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(canonical name, tensors) of every parameter here, in the model's order, whole, float32, on the CPU.
+    def local_state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(kind, key, float32 values on the CPU, as they are now) of all that this rank is to save; no collective.
 
-        Always `weight`; for Muon `momentum_buffer`; for AdamW `exp_avg`, `exp_avg_sq` and the 0-dim `step`. The same
-        whatever the layout. Collective, one tensor at a time: every rank must run it to the end.
+        Kinds: `weight`; for Muon `momentum_buffer`; for AdamW `exp_avg`, `exp_avg_sq` and the 0-dim `step`. Keys: the
+        canonical name for a whole tensor, else that of a `Slice`, flat. All ranks together give each value once.
         """
-        for name, (parameter, shape) in self._parameters.items():
-            keys = MUON_KEYS if self._use_muon[name] else ADAMW_KEYS
-            tensors = {key: self._whole(name, self._state.get(parameter, key).view(shape)) for key in (WEIGHT, *keys)}
-            if not self._use_muon[name]:
+        copied = _Copies()
+        for number, (name, (parameter, shape)) in enumerate(self._parameters.items()):
+            if not self._saves(name, number):
+                continue
+            muon, first, box = self._use_muon[name], False, self._box(name)
+            shape = shape if self.layout is None else self.layout.shapes[name]
+            size = math.prod(shape)
+            for kind in (WEIGHT, *(MUON_KEYS if muon else ADAMW_KEYS)):
+                for begin, values in self._state.pieces(parameter, kind):
+                    values, first = copied.of(values), first or begin == 0
+                    if len(values) == size:
+                        yield kind, name, values.view(shape)
+                    else:
+                        yield kind, Slice(name, box, begin).key(), values
+            if first and not muon and not any(side.start for side in box):  # all its parts have the same
                 step = self._optimizer.state[self._state.holder(parameter)].get(STEP)
-                tensors[STEP] = torch.zeros(()) if step is None else step.detach().cpu().clone()
-            yield name, tensors
+                yield STEP, name, torch.zeros(()) if step is None else step.detach().to("cpu", copy=True)
 
-    def _whole(self, name: str, part: Tensor) -> Tensor:
-        return (part if self.layout is None else self.layout.whole(name, part)).cpu().clone()
+    def _saves(self, name: str, number: int) -> bool:
+        """Whether this rank saves what it holds of the parameter, of all that hold the same; they take turns."""
+        topology, group = self.topology, self._group_of[name]
+        sizes = topology.sizes
+        if not group.is_part("tensor") and self.groups.index(group) % sizes.tensor != topology.index("tensor"):
+            return False  # whole groups, since their buffers are copied whole
+        if self._zero_stage > 0:  # each has its own range
+            return True
+        copies = "expert_replica" if group.is_part("expert") else "replica"
+        count = sizes.replicas // (sizes.expert if copies == "expert_replica" else 1)
+        return number % count == topology.index(copies)
 
     @torch.no_grad()
-    def load_named_state(self, read: Callable[[str], dict[str, Tensor]]) -> None:
-        """Put back, to the last bit, what `named_state` gave; call it before the first step, on every rank.
+    def load_named_state(self, read: Callable[[str, Box], dict[str, Tensor]]) -> None:
+        """Put back, to the last bit, what `local_state` gave; call it before the first step, on every rank.
 
-        read: gives the tensors of one canonical name. Raises ValueError when they are not those of this model and
-        optimizer, naming the parameter.
+        read: gives the tensors of one canonical name, by kind, each that part of the whole which lies at the box (but
+        `step`, which has no dimension). Raises ValueError when they are not those of this model and optimizer, naming
+        the parameter.
         """
         for name, (parameter, shape) in self._parameters.items():
-            tensors = read(name)
-            muon = self._use_muon[name]
-            whole = shape if self.layout is None else self.layout.shapes[name]
-            expected = dict.fromkeys((WEIGHT, *(MUON_KEYS if muon else ADAMW_KEYS)), whole)
+            if not self._state.holds(parameter):
+                continue
+            tensors, muon = read(name, self._box(name)), self._use_muon[name]
+            expected = dict.fromkeys((WEIGHT, *(MUON_KEYS if muon else ADAMW_KEYS)), shape)
             expected |= {} if muon else {STEP: torch.Size(())}
-            found = {key: tensor.shape for key, tensor in tensors.items()}
+            found = {kind: tensor.shape for kind, tensor in tensors.items()}
             if found != expected:
                 raise ValueError(f"state of {name} does not fit: expected {_shapes(expected)}, found {_shapes(found)}")
-            for key in (WEIGHT, *(MUON_KEYS if muon else ADAMW_KEYS)):
-                tensor = tensors[key] if self.layout is None else self.layout.part(name, tensors[key])
-                self._state.set(parameter, key, tensor.reshape(-1))
+            for kind in (WEIGHT, *(MUON_KEYS if muon else ADAMW_KEYS)):
+                self._state.set(parameter, kind, tensors[kind].reshape(-1))
             if not muon:
                 # Parameters in one flat buffer share the count; they always have the same.
                 adamw_state(self._optimizer, self._state.holder(parameter))[STEP].copy_(tensors[STEP])
         self._state.finish()
+
+    def _box(self, name: str) -> Box:
+        """Where in the whole parameter the part lies that is here."""
+        if self.layout is not None:
+            return self.layout.box(name)
+        return tuple(slice(0, size) for size in self._parameters[name][1])
+
+
+class _Copies:
+    """Of tensors that lie in few buffers: a buffer is copied at once, which is several times as fast."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, tuple[UntypedStorage, Tensor]] = {}  # the storage, lest its address be used again
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Copy [n] on the CPU of a contiguous tensor [n]."""
+        flat = flat.detach()
+        storage = flat.untyped_storage()
+        if storage.data_ptr() not in self._buffers:
+            whole = torch.empty(0, dtype=flat.dtype, device=flat.device).set_(storage)
+            self._buffers[storage.data_ptr()] = storage, whole.to("cpu", copy=True)
+        return self._buffers[storage.data_ptr()][1].narrow(0, flat.storage_offset(), len(flat))
 
 
 def _shapes(shapes: Mapping[str, torch.Size]) -> dict[str, list[int]]:

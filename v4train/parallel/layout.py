@@ -25,10 +25,10 @@ from v4train.model.moe.experts import Experts
 from v4train.model.seams import Seams, put_seams
 from v4train.model.seams import Sequence as WholeRows
 from v4train.optim.param_groups import COPIED
-from v4train.parallel.collectives import gathered
 from v4train.parallel.context import Shards
 from v4train.parallel.expert import SharedOutExperts
 from v4train.parallel.groups import process_groups
+from v4train.parallel.slices import Box
 from v4train.parallel.stages import Stages
 from v4train.parallel.tensor import SharedOutHeads, SharedOutVocabulary
 from v4train.parallel.topology import Topology
@@ -115,15 +115,14 @@ class Layout:
             first, cuts = cuts[0].index * shape[0], cuts[1:]
         return _cut(initial_value(name, torch.Size(shape), self.config, first), cuts)
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        """What of a whole tensor is here."""
-        return _cut(whole, self.cuts.get(name, ()))
-
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """The whole tensor of a parameter, from its parts [flat or not]; collective among the ranks that have one."""
-        for cut in reversed(self.cuts.get(name, ())):
-            part = gathered(part, cut.dim, self.groups[cut.axis])
-        return part
+    def box(self, name: str) -> Box:
+        """Where in the whole parameter the part lies that is here."""
+        sides = [slice(0, size) for size in self.shapes[name]]
+        for cut in self.cuts.get(name, ()):
+            side = sides[cut.dim]
+            size = (side.stop - side.start) // cut.count
+            sides[cut.dim] = slice(side.start + cut.index * size, side.start + (cut.index + 1) * size)
+        return tuple(sides)
 
     def _cuts(self, model: Transformer, name: str) -> tuple[Cut, ...]:
         """Experts first, then heads or channels."""
@@ -163,7 +162,7 @@ class Layout:
 def _cut(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
     for cut in cuts:
         tensor = cut.of(tensor)
-    return tensor.contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format) if cuts else tensor.contiguous()  # not a view of it all
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:

@@ -1,11 +1,11 @@
-"""Weights and optimizer state of one parameter at a time, whole and in float32, in and out of every ZeRO stage.
+"""Weights and optimizer state of one parameter at a time, in float32, in and out of every ZeRO stage.
 
 `deepspeed.utils.safe_get_full_*` and `safe_set_full_*` (0.19.8) cannot do it: at stage 0 they have no float32 weight,
 in ZeRO 1-2 they know no state before the first step and nothing of Muon's momentum (which holds whole tensors, not
 slices), and in ZeRO 3 setting fails on a tensor whose size is no multiple of the ranks. So this file goes to the flat
 buffers.
 
-All tensors are flat inside; pieces travel by broadcast, never by sums, so that every bit survives (-0.0 + 0.0 is 0.0).
+All tensors are flat inside. Each rank gives what it holds itself, so that saving needs no collective.
 """
 
 from collections.abc import Iterator
@@ -25,8 +25,15 @@ class StateAccess(Protocol):
     def holder(self, parameter: nn.Parameter) -> Tensor:
         """The tensor that torch's optimizer steps and keys its state by: the parameter or a flat buffer."""
 
-    def get(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """Flat float32 tensor of the whole parameter; collective. Zeros for a state that does not exist yet."""
+    def pieces(self, parameter: nn.Parameter, key: str) -> list[tuple[int, Tensor]]:
+        """(begin, flat float32 values from there on) of what this rank holds of the parameter, alone of its ZeRO group.
+
+        Stage 0 has no such group: all of the parameter. Views where they can be; zeros for a state that does not exist
+        yet.
+        """
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether any of the parameter is here; `set` does nothing where none is."""
 
     def set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         """Put a flat whole tensor back; every rank gives the same."""
@@ -64,11 +71,14 @@ class WholeState:
             state[key] = torch.zeros_like(parameter, requires_grad=False)
         return state.get(key)
 
-    def get(self, parameter: nn.Parameter, key: str) -> Tensor:
+    def pieces(self, parameter: nn.Parameter, key: str) -> list[tuple[int, Tensor]]:
         tensor = self._tensor(parameter, key, create=False)
         if tensor is None:
-            return torch.zeros(parameter.numel(), device=parameter.device)
-        return tensor.detach().reshape(-1).float()
+            tensor = torch.zeros_like(parameter)
+        return [(0, tensor.detach().reshape(-1).float())]
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        return True
 
     def set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         self._tensor(parameter, key, create=True).copy_(value.view(parameter.shape))
@@ -86,6 +96,7 @@ class FlatState:
 
     def __init__(self, optimizer: torch.optim.Optimizer, zero: object) -> None:
         self._optimizer, self._zero = optimizer, zero
+        self._own: dict[nn.Parameter, tuple[int, slice] | None] = {}  # what `_held` has found
         self._place: dict[nn.Parameter, tuple[int, int]] = {}  # group, offset in the group's flat buffer
         for group, parameters in enumerate(zero.round_robin_bit16_groups):
             for parameter, offset in zip(parameters, zero.round_robin_bit16_offsets[group], strict=True):
@@ -126,22 +137,28 @@ class FlatState:
         state = adamw_state(self._optimizer, holder) if create else self._optimizer.state[holder]
         return state.get(key)
 
-    def get(self, parameter: nn.Parameter, key: str) -> Tensor:
-        group, _ = self._place[parameter]
-        processes = self._zero.real_dp_process_group[group]
-        me = dist.get_rank(group=processes)
-        whole = torch.zeros(parameter.numel(), device=self.holder(parameter).device)
-        if key in MUON_KEYS:
-            owner = next(self._slices(parameter))[0]
-            if me == owner:
-                whole.copy_(self._momentum(parameter, create=False))
-            return _broadcast(whole, owner, processes)
+    def pieces(self, parameter: nn.Parameter, key: str) -> list[tuple[int, Tensor]]:
+        held = self._held(parameter)
+        if held is None:
+            return []
+        begin, in_partition = held
+        if key in MUON_KEYS:  # the first that holds a part of it
+            return [] if begin else [(0, self._momentum(parameter, create=False))]
         local = self._partition(parameter, key, create=False)
-        for rank, in_whole, in_partition in self._slices(parameter):
-            if me == rank and local is not None:
-                whole[in_whole] = local[in_partition]
-            _broadcast(whole[in_whole], rank, processes)
-        return whole
+        if local is None:
+            return [(begin, torch.zeros(in_partition.stop - in_partition.start, device=self.holder(parameter).device))]
+        return [(begin, local[in_partition])]
+
+    def _held(self, parameter: nn.Parameter) -> tuple[int, slice] | None:
+        """Where in the flat parameter this rank's range begins, and where it lies in the partition; None for none."""
+        if parameter not in self._own:
+            me = dist.get_rank(group=self._zero.real_dp_process_group[self._place[parameter][0]])
+            own = [(in_whole.start, there) for rank, in_whole, there in self._slices(parameter) if rank == me]
+            self._own[parameter] = own[0] if own else None
+        return self._own[parameter]
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        return self._held(parameter) is not None
 
     def set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         group, _ = self._place[parameter]
@@ -185,14 +202,17 @@ class PartitionedState:
             flat = adamw_state(self._optimizer, holder)[key]
         return None if flat is None else flat.narrow(0, offset, size)
 
-    def get(self, parameter: nn.Parameter, key: str) -> Tensor:
+    def pieces(self, parameter: nn.Parameter, key: str) -> list[tuple[int, Tensor]]:
         part = self._part(parameter, key, create=False)
+        _, _, size = self._position(parameter)
         if part is None:
-            return torch.zeros(parameter.ds_numel, device=self.holder(parameter).device)
-        processes = self._zero._get_param_partition_group(parameter)
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(processes))]
-        dist.all_gather(parts, part.contiguous(), group=processes)
-        return torch.cat(parts)[: parameter.ds_numel]
+            part = torch.zeros(size, device=self.holder(parameter).device)
+        begin = size * self._zero._get_param_partition_rank(parameter)
+        left = parameter.ds_numel - begin  # the last part is padded
+        return [(begin, part[:left])] if left > 0 else []
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        return True
 
     def set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         part = self._part(parameter, key, create=True)
@@ -215,9 +235,3 @@ def state_access(stage: int, optimizer: torch.optim.Optimizer, zero: object) -> 
     if stage == 0:
         return WholeState(optimizer)
     return PartitionedState(optimizer, zero) if stage == 3 else FlatState(optimizer, zero)
-
-
-def _broadcast(tensor: Tensor, rank: int, group: dist.ProcessGroup) -> Tensor:
-    if dist.get_world_size(group) > 1:
-        dist.broadcast(tensor, src=dist.get_global_rank(group, rank), group=group)
-    return tensor

@@ -24,6 +24,7 @@ from v4train.model.losses import Losses, Recorded
 from v4train.parallel.deepspeed_fixes import share_out_experts
 from v4train.parallel.engine import Engine
 from v4train.parallel.groups import Groups
+from v4train.parallel.slices import Box
 from v4train.parallel.stages import Stages
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -104,7 +105,7 @@ class PipelineEngine(Engine):
             dist.send(state[0].contiguous(), self._ranks[self._stages.index + 1], group=self._pipeline)
         return state
 
-    def load_named_state(self, read: Callable[[str], dict[str, Tensor]]) -> None:
+    def load_named_state(self, read: Callable[[str, Box], dict[str, Tensor]]) -> None:
         super().load_named_state(read)
         self._copy_embedding()
 

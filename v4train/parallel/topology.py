@@ -209,8 +209,8 @@ def stop_distributed() -> None:
         deepspeed.comm.destroy_process_group()
 
 
-def leave() -> NoReturn:
-    """End this process, one of several, with code 0 once everything is done and the process group is left.
+def leave(code: int = 0) -> NoReturn:
+    """End this process, one of several, with this code once everything is done and the process group is left.
 
     Python's own way out now and then aborts with threads of the process group (torch 2.13 with gloo, deepspeed 0.19.8):
     "terminate called without an active exception", for which torchrun would end the whole job with an error.
@@ -218,7 +218,7 @@ def leave() -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def _export(topology: Topology, environ: MutableMapping[str, str]) -> None:

@@ -2,38 +2,39 @@
 
     checkpoints/step_00000100/
         manifest.json               step, trainer state, configuration, SHA-256 of every file
-        weight-00000.safetensors    fp32 master of each parameter, whole, by canonical name
-        exp_avg-00000.safetensors   and so on: one file for each optimizer state and writing rank
+        weight-00000.safetensors    fp32 masters by canonical name, of what rank 0 holds: whole, or slices
+        exp_avg-00000.safetensors   and so on: one file for each optimizer state and rank
         buffers-00000.safetensors   router biases and hash tables, one file for each pipeline stage
 
-Each rank writes the tensors that fall to it; names and shapes do not depend on the layout, so any number of ranks can
-read them. A checkpoint is written under a temporary name and renamed when it is complete on disk.
+Each rank writes what it holds (checkpoint_writer.py): a tensor that is whole on one rank as it is, any other in slices
+whose names say where in the whole they lie (parallel/slices.py). So any number of ranks, in any layout, can read them.
+Files are mapped, and a rank reads what it takes.
 """
 
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from v4train.durable import sha256_of
 from v4train.errors import ConfigError
 from v4train.model import Transformer, build_model
+from v4train.parallel.slices import Box, Slice, assembled
 
-FORMAT = 1  # raised when an older reader would misread the files
+FORMAT = 2  # raised when an older reader would misread the files; 1 had whole tensors, and no checksum of the manifest
 MANIFEST = "manifest.json"
 BUFFERS = "buffers"
+REPLACED = "-replaced"  # end of the name of one that another of the same step takes the place of
 
 logger = logging.getLogger("v4train")
 
@@ -44,10 +45,11 @@ class CheckpointConfig:
 
     every: int
     keep: int
+    keep_every: int
     resume: str
 
     def __post_init__(self) -> None:
-        for key in ("every", "keep"):
+        for key in ("every", "keep", "keep_every"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"checkpoint.{key}", getattr(self, key), "it can't be negative", "use 0 for none")
         if self.resume in ("auto", "never"):
@@ -55,55 +57,6 @@ class CheckpointConfig:
         if not (Path(self.resume) / MANIFEST).is_file() and not any(Path(self.resume).glob("checkpoints/step_*")):
             rule = "neither auto nor never nor the folder of a checkpoint, or of a run that has one"
             raise ConfigError("checkpoint.resume", self.resume, rule, "give e.g. runs/NAME/checkpoints/step_00000100")
-
-
-def save(
-    folder: Path,
-    step: int,
-    parameters: Iterator[tuple[str, dict[str, Tensor]]],
-    buffers: dict[str, Tensor],
-    state: dict[str, Any],
-    keep: int,
-    stages: int = 1,
-) -> Path:
-    """Write `folder/step_XXXXXXXX` and remove all but the `keep` newest (0: keep all). Collective.
-
-    Args:
-        parameters: (canonical name, whole CPU tensors by state name), the same sequence on every rank of a stage.
-        buffers: whole CPU tensors by canonical name, equal on every rank of a stage.
-        state: JSON-able state of the trainer.
-        stages: the pipeline's, equally many consecutive ranks each, which have different tensors.
-    """
-    rank, world = _rank_and_world()
-    writers = world // stages
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _barrier()
-    written: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for index, (name, tensors) in enumerate(parameters):
-        if index % writers == rank % writers:
-            for kind, tensor in tensors.items():
-                written[f"{kind}-{rank:05d}"][name] = tensor.contiguous()
-    if rank % writers == 0:
-        written[f"{BUFFERS}-{rank:05d}"] = {name: tensor.contiguous() for name, tensor in buffers.items()}
-    digests = {}
-    for stem, tensors in written.items():
-        path = temporary / f"{stem}.safetensors"
-        save_file(tensors, path)
-        digests[path.name] = _sha256(path, durable=True)
-    files = _gather(digests)
-    if rank == 0:
-        manifest = {"format": FORMAT, "step": step, "world_size": world, "state": state, "files": files}
-        _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        _sync_folder(folder)
-        _prune(folder, step, keep)
-    _barrier()
-    return final
 
 
 def newest(folder: Path) -> Path | None:
@@ -121,21 +74,38 @@ def damage(path: Path) -> str | None:
     try:
         manifest = read_manifest(path)
         for name, digest in manifest["files"].items():
-            if _sha256(path / name) != digest:
+            if sha256_of(path / name) != digest:
                 return f"{name} does not match its checksum"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, KeyError, AttributeError):
-        return f"{MANIFEST} is not readable"
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{MANIFEST} is not readable ({error})"
     return None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises OSError, or ValueError for one of another format."""
+    """The manifest of a checkpoint. Raises OSError, or ValueError for one that was altered or is of another format."""
     manifest = json.loads((path / MANIFEST).read_bytes())
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"checkpoint format {manifest['format']}, this version reads {FORMAT}")
+    if manifest["format"] not in (1, FORMAT):
+        raise ValueError(f"checkpoint format {manifest['format']}, this version reads 1 and {FORMAT}")
+    digest = manifest.pop("sha256", None)
+    if digest != (None if manifest["format"] == 1 else _digest(manifest)):
+        raise ValueError("the manifest does not match its checksum")
     return manifest
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """What a manifest's file holds: the manifest, and the SHA-256 of it."""
+    return json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1).encode()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+_Place = tuple[
+    Slice | None, Any, str
+]  # a piece (None: the whole tensor), the open file that holds it, and its key there
 
 
 class Reader:
@@ -144,27 +114,43 @@ class Reader:
     def __init__(self, path: Path) -> None:
         self.path, self.manifest = path, read_manifest(path)
         self._buffers: list[Path] = []
-        self._where: dict[str, dict[str, Any]] = defaultdict(dict)  # name -> state name -> open file
+        self._where: dict[str, dict[str, list[_Place]]] = defaultdict(lambda: defaultdict(list))  # by name and kind
         for file_name in self.manifest["files"]:
             kind = file_name.removesuffix(".safetensors").partition("-")[0]
             if kind == BUFFERS:
                 self._buffers.append(path / file_name)
             else:
                 file = safe_open(path / file_name, framework="pt")
-                for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                    self._where[name][kind] = file
+                for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                    piece = Slice.of_key(key)
+                    self._where[piece.name if piece else key][kind].append((piece, file, key))
 
-    def parameter(self, name: str) -> dict[str, Tensor]:
-        """Whole CPU tensors of a parameter by state name (`weight`, `exp_avg`, ...)."""
-        return {kind: file.get_tensor(name) for kind, file in self._where[name].items()}
+    def close(self) -> None:
+        """Let go of the files; the manifest stays."""
+        self._where.clear()
+
+    def parameter(self, name: str, box: Box | None = None) -> dict[str, Tensor]:
+        """CPU tensors of a parameter by kind (`weight`, `exp_avg`, ...): what lies at `box`, or whole (None).
+
+        Nothing for a name that isn't there. Raises ValueError where values are missing.
+        """
+        return {kind: _read(places, box) for kind, places in self._where.get(name, {}).items()}
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters by canonical name, fp32, without the optimizer's state."""
-        return {name: files["weight"].get_tensor(name) for name, files in self._where.items()}
+        return {name: _read(places["weight"], None) for name, places in self._where.items()}
 
     def buffers(self) -> dict[str, Tensor]:
         """All buffers by canonical name."""
         return {name: tensor for path in self._buffers for name, tensor in load_file(path).items()}
+
+
+def _read(places: list[_Place], box: Box | None) -> Tensor:
+    piece, file, key = places[0]
+    if piece is not None:
+        return assembled(((piece, file.get_tensor(key)) for piece, file, key in places), box)
+    whole = file.get_tensor(key)  # mapped
+    return whole[box] if box and whole.dim() else whole
 
 
 def load_model(path: Path) -> Transformer:
@@ -182,56 +168,41 @@ def load_model(path: Path) -> Transformer:
     return model.eval()
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Leave the `keep` newest up to `step`; what lies beyond is a future that a damaged checkpoint cut off."""
-    abandoned = [path for path in folder.glob("step_*") if _step(path) > step]
-    for path in [*abandoned, *folder.glob(".step_*.tmp")]:
+def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
+    """Leave the `keep` newest up to `step`, and for good those whose step is a multiple of `keep_every`.
+
+    What lies beyond is a future that a damaged checkpoint cut off: it goes too, where it is damaged.
+    """
+    paths = sorted((path for path in folder.glob("step_*") if _step(path) >= 0), key=_step)
+    later = [path for path in paths if _step(path) > step]
+    present = paths[: len(paths) - len(later)]
+    old = present[: max(0, len(present) - keep)] if keep else []
+    old = [path for path in old if not (keep_every and _step(path) % keep_every == 0)]
+    for path in [*(path for path in later if _is_torn(path)), *old]:
         shutil.rmtree(path, ignore_errors=True)
-    paths = sorted(folder.glob("step_*"), key=_step)
-    for path in paths[: len(paths) - keep] if keep else []:
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether it is damaged for good: not one of a newer format, or that can't be read just now."""
+    try:
+        files = read_manifest(path)["files"]
+        return any(sha256_of(path / name) != digest for name, digest in files.items())
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What killed and failed attempts have left. Only where nobody writes."""
+    for path in folder.glob(f".step_*{REPLACED}"):  # killed between two names
+        final = folder / path.name[1:].partition("-")[0]
+        if not final.exists():
+            path.rename(final)
+    for path in folder.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _step(path: Path) -> int:
     number = path.name.removeprefix("step_")
     return int(number) if number.isdigit() else -1
-
-
-def _sha256(path: Path, durable: bool = False) -> str:
-    with path.open("rb") as file:
-        if durable:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _gather(digests: dict[str, str]) -> dict[str, str]:
-    """All ranks' entries, on every rank."""
-    if not dist.is_initialized():
-        return digests
-    parts: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(parts, digests)
-    return {name: digest for part in parts for name, digest in sorted(part.items())}

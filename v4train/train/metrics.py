@@ -4,12 +4,20 @@ JSON has no NaN and no infinity, and a diverged loss is worth keeping, so these 
 and "-inf". `read_metrics` turns them back into floats; elsewhere `float(value)` does.
 """
 
+import errno
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from v4train import durable
+
+logger = logging.getLogger("v4train")
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -17,14 +25,16 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class MetricsFile:
     """Appends records to a file, each one safe on disk's side of the process before `write` returns.
 
+    Where the file can't be written (a full disk, a folder that is gone) records wait in memory for the next one, and
+    the log says so.
+
     Args:
         path: the file; its folder is created. An existing file is continued: on resume call `truncate_after` first.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        self.path, self._waiting, self._warned = Path(path), b"", False
+        self._open()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line. Values: numbers, strings, None, one-element tensors or arrays, lists and dicts of these.
@@ -34,20 +44,53 @@ class MetricsFile:
         """
         if "step" not in record:
             raise KeyError("a metrics record needs the key 'step'")
-        self._file.write(_to_json(record).encode() + b"\n")
-        self._file.flush()  # a killed process loses no line (a power cut may: that is not worth an fsync every step)
+        self._waiting += _to_json(record).encode() + b"\n"
+        self.flush()  # a killed process loses no line (a power cut may: that is not worth an fsync every step)
+
+    def flush(self) -> bool:
+        """Write what waits; whether nothing waits any more."""
+        if not self._waiting:
+            return True
+        try:
+            if self._file is None or not self.path.exists():
+                self._open()
+            if self._file.write(self._waiting) < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._drop_torn_line()
+            if not self._warned:
+                what = error.strerror or error
+                logger.warning("%s can't be written (%s): its lines wait in memory, training goes on", self.path, what)
+            self._warned = True
+            return False
+        self._size, self._waiting, self._warned = self._size + len(self._waiting), b"", False
+        return True
 
     def truncate_after(self, step: int) -> None:
         """Keep the lines whose step is at most `step`, in order; drop the rest and whatever is no complete record.
 
         Atomic: a kill in the middle leaves the old file or the new one.
         """
-        self._file.close()
-        _write_atomically(self.path, _lines_up_to(self.path, step))
-        self._file = self.path.open("ab")
+        self.close()
+        durable.replace(self.path, b"".join(_lines_up_to(self.path, step)))
+        self._open()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: FileIO | None = self.path.open("ab", buffering=0)
+        self._size = self.path.stat().st_size
+
+    def _drop_torn_line(self) -> None:
+        """The disk has taken a part: the whole comes again."""
+        self.close()
+        with suppress(OSError):
+            if self.path.stat().st_size > self._size:
+                os.truncate(self.path, self._size)
 
     def __enter__(self) -> "MetricsFile":
         return self
@@ -69,7 +112,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
     """Write one indented JSON object, atomically; values as in `MetricsFile.write`."""
-    _write_atomically(Path(path), [_to_json(summary, indent=2).encode() + b"\n"])
+    durable.replace(Path(path), _to_json(summary, indent=2).encode() + b"\n")
 
 
 def _lines_up_to(path: Path, step: int) -> Iterator[bytes]:
@@ -88,15 +131,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     complete = isinstance(record, dict) and isinstance(record.get("step"), int)
     return record if complete else None
-
-
-def _write_atomically(path: Path, lines: Iterator[bytes] | list[bytes]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())  # or the rename may reach the disk before the content
-    os.replace(temporary, path)
 
 
 def _to_json(value: Mapping[str, Any], indent: int | None = None) -> str:

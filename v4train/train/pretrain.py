@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from v4train import durable
 from v4train.config import Settings
 from v4train.data import Source, load_data
 from v4train.errors import ConfigError
@@ -20,12 +21,14 @@ from v4train.parallel.pipeline import PipelineEngine
 from v4train.parallel.topology import start_distributed, stop_distributed
 from v4train.train import checkpoint
 from v4train.train.allocator import keep_freed_memory
+from v4train.train.distributed import gathered
 from v4train.train.lost_ranks import give_up, is_lost_peer
 from v4train.train.metrics import read_metrics, write_summary
 from v4train.train.plots import loss_plot
 from v4train.train.progress import setup_logging, start_table
 from v4train.train.run_directory import RunDirectory
 from v4train.train.sample import generate
+from v4train.train.signals import REQUEUE
 from v4train.train.tracking import Tracker
 from v4train.train.trainer import Trainer
 
@@ -50,8 +53,11 @@ def run(settings: Settings) -> dict[str, float]:
 
     Raises:
         ConfigError: the run directory holds another experiment, or must not be touched.
+        SystemExit: with code REQUEUE after a signal or `train.max_minutes`, when all is saved.
     """
     started = time.perf_counter()
+    minutes = settings.train.max_minutes
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     directory = RunDirectory(settings.run.dir)
     start = _agree_on_start(directory, settings)
     setup_logging(directory.path, settings.topology.rank)
@@ -64,7 +70,7 @@ def run(settings: Settings) -> dict[str, float]:
             directory.path,
         )
         return reader.manifest["state"]["validation"]
-    trainer = _make_trainer(settings, directory, reader)
+    trainer = make_trainer(settings, directory, reader, deadline)
     _show_start(trainer, start, time.perf_counter() - started)
     trainer.fit()
     return _finish(trainer)
@@ -89,7 +95,9 @@ def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:
     return answer[0]
 
 
-def _make_trainer(settings: Settings, directory: RunDirectory, reader: checkpoint.Reader | None) -> Trainer:
+def make_trainer(
+    settings: Settings, directory: RunDirectory, reader: checkpoint.Reader | None, deadline: float | None
+) -> Trainer:
     topology, train = settings.topology, settings.train
     if topology.device.type == "cpu":
         keep_freed_memory()
@@ -122,9 +130,10 @@ def _make_trainer(settings: Settings, directory: RunDirectory, reader: checkpoin
     run_id = reader.manifest["state"]["wandb_id"] if continues else None
     tracker = Tracker(settings.tracking, directory.path, settings.run.name, settings.resolved, run_id)
     peak = matmul_peak(topology.device, settings.precision) * topology.world_size
-    trainer = Trainer(settings, model, engine, corpus, tokenizer, directory, tracker, peak)
+    trainer = Trainer(settings, model, engine, corpus, tokenizer, directory, tracker, peak, deadline)
     if reader:
         trainer.restore(reader)
+        reader.close()  # what it has mapped takes room on the disk, removed or not
     elif trainer.metrics is not None:
         trainer.metrics.truncate_after(0)  # what a run killed before its first checkpoint left
     return trainer
@@ -177,6 +186,9 @@ def _finish(trainer: Trainer) -> dict[str, float]:
     """Sample, plot, summary and the closing lines, unless the run only paused; returns the final figures."""
     if trainer.step < trainer.train.total_steps and not trainer.dry:
         trainer.tracker.finish()
+        if trainer.interrupted:
+            gathered(None)  # rank 0 has done its last: torchrun ends all ranks with the first
+            raise SystemExit(REQUEUE)
         return trainer.validation
     text = _sample(trainer)
     summary = {
@@ -187,17 +199,24 @@ def _finish(trainer: Trainer) -> dict[str, float]:
     }
     if trainer.topology.rank == 0:
         directory = trainer.directory
-        try:
-            entropy = trainer.validation["unigram_entropy"]
-            loss_plot(read_metrics(directory.metrics), directory.loss_plot, trainer.settings.run.name, entropy)
-            trainer.tracker.image("loss_plot", directory.loss_plot, trainer.step)
-        except ValueError as error:  # no finite loss: the run diverged, and its summary says so
-            logger.warning("no loss plot: %s", error)
+        with durable.optional(directory.loss_plot):
+            _plot(trainer)
         trainer.tracker.summary(summary)
         _show_end(trainer, text)
-        write_summary(directory.summary, summary)  # last: a run that has one is finished
+        with durable.optional(directory.summary):
+            write_summary(directory.summary, summary)  # last: a run that has one is finished
     trainer.tracker.finish()
     return trainer.validation
+
+
+def _plot(trainer: Trainer) -> None:
+    path, entropy = trainer.directory.loss_plot, trainer.validation["unigram_entropy"]
+    try:
+        loss_plot(read_metrics(trainer.directory.metrics), path, trainer.settings.run.name, entropy)
+    except ValueError as error:  # no finite loss: the run diverged, and its summary says so
+        logger.warning("no loss plot: %s", error)
+    else:
+        trainer.tracker.image("loss_plot", path, trainer.step)
 
 
 def _sample(trainer: Trainer) -> str:
@@ -213,7 +232,8 @@ def _sample(trainer: Trainer) -> str:
     prompt, length, temperature = train.sample_prompt, train.sample_tokens, train.sample_temperature
     text = generate(logits_of, trainer.tokenizer, prompt, length, temperature, trainer.settings.seed)
     if trainer.topology.rank == 0:
-        trainer.directory.samples.write_text(text + "\n", encoding="utf-8")
+        with durable.optional(trainer.directory.samples):
+            trainer.directory.samples.write_text(text + "\n", encoding="utf-8")
         trainer.tracker.table("samples", ["prompt", "text"], [[prompt, text]], trainer.step)
     return text
 

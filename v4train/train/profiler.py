@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from v4train import durable
 from v4train.model.losses import in_backward
 from v4train.train.module_times import GRADIENTS, MODEL, STEP, SequenceOwners, as_rows, as_table, module_times
 
@@ -128,6 +129,10 @@ class StepProfiler:
         self._installed.close()
 
     def _write(self) -> None:
+        with durable.optional(self.folder):
+            self._write_files()
+
+    def _write_files(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         events, labels = self._profile.events(), self._labels
         known = {STEP, GRADIENTS, *self.parts, *labels.paths}

@@ -40,7 +40,7 @@ def setup_logging(run_dir: str | Path, rank: int) -> None:
         logger.addHandler(handler)
         return
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    log_file = logging.FileHandler(Path(run_dir) / "log.txt", encoding="utf-8")
+    log_file = _LogFile(Path(run_dir) / "log.txt", encoding="utf-8")
     log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(log_file)
     logger.addHandler(_ConsoleHandler())
@@ -143,6 +143,14 @@ def format_duration(seconds: float) -> str:
     if days:
         return f"{days}d {hours:02}:{minutes:02}:{seconds:02}"
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class _LogFile(logging.FileHandler):
+    """What a full disk doesn't take is on the console all the same."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class _ConsoleHandler(logging.Handler):

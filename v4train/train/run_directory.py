@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
+from v4train import durable
 from v4train.errors import ConfigError
 from v4train.train import checkpoint
 
@@ -81,7 +82,7 @@ class RunDirectory:
         if overwrite and self.holds_run():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(resolved), self.config)
+        durable.replace(self.config, OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
 
     def _check_same(self, start: Path, resolved: dict[str, Any]) -> None:
         saved = OmegaConf.create(checkpoint.read_manifest(start)["state"]["config"])

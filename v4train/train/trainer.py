@@ -5,6 +5,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,13 +36,18 @@ from v4train.model.moe.balance import max_violation
 from v4train.optim.schedules import learning_rate
 from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
+from v4train.train.checkpoint_writer import CheckpointWriter
 from v4train.train.distributed import all_max, all_sum, all_sum_tensor, gathered
 from v4train.train.metrics import MetricsFile
 from v4train.train.profiler import StepProfiler
 from v4train.train.progress import Progress
 from v4train.train.run_directory import RunDirectory
-from v4train.train.signals import StopRequest
+from v4train.train.signals import REQUEUE, StopRequest
 from v4train.train.tracking import Tracker
+
+RETRY_SECONDS = 30  # until a checkpoint that couldn't be written is tried again, if none is due before
+LAST_WRITE = 5  # seconds that a run which ends with an error gives to a checkpoint that is being written
+FINAL_PAUSES = (0, 2, 4, 8, 16)  # seconds before each attempt to write the last one
 
 logger = logging.getLogger("v4train")
 
@@ -50,6 +57,7 @@ class Trainer:
 
     Args:
         peak_flops: FLOP/s that `mfu` is a share of, over all ranks.
+        deadline: when to stop as for a signal, on the clock of `time.monotonic`.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class Trainer:
         directory: RunDirectory,
         tracker: Tracker,
         peak_flops: float,
+        deadline: float | None = None,
     ) -> None:
         self.settings, self.train, self.topology = settings, settings.train, settings.topology
         self.model, self.engine = model, engine
@@ -74,9 +83,17 @@ class Trainer:
         self.accumulation = self.train.global_batch_size // (self.train.micro_batch_size * self.topology.sizes.data)
         # Of ranks with the same tokens one counts
         self.counts = not self.topology.index("tensor")
+        self.writer = CheckpointWriter(
+            directory.checkpoints,
+            settings.checkpoint.keep,
+            settings.checkpoint.keep_every,
+        )
+        self._retry_at = math.inf  # when a checkpoint that failed is tried again, on rank 0's clock
         self.step = 0
         self.restored_step: int | None = None
+        self.deadline = deadline
         self.interrupted = self.dry = False  # dry: the data have ended
+        self._write_failed = self._retry = False  # agreed on by all ranks at the last step
         self.validation: dict[str, float] = {}
         self.metrics = MetricsFile(directory.metrics) if self.topology.rank == 0 else None
         parts = {
@@ -104,7 +121,7 @@ class Trainer:
         """Train to `last_step`, or to the step edge after a signal; then validate and save."""
         validated, saved = self.validation.get("step"), self.restored_step
         progress = Progress(self.train.total_steps, self.step, self.topology.rank)
-        with progress, StopRequest() as stop, self.profiler:
+        with progress, StopRequest(self.deadline) as stop, self.profiler, self._finishing_writes():
             while self.step < self.last_step and not self.interrupted:
                 with self.profiler.step(self.step + 1):
                     record = self.train_step(stop)
@@ -117,18 +134,18 @@ class Trainer:
                 if _due(self.step, self.train.validate_every):
                     self.validate(progress)
                     validated = self.step
-                if _due(self.step, self.settings.checkpoint.every) and self.step < self.last_step:
+                due = _due(self.step, self.settings.checkpoint.every) or self._retry
+                if due and self.step < self.last_step and not self.interrupted:
                     self.save()
                     saved = self.step
             if validated != self.step and not self.interrupted:
                 self.validate(progress)
-            if saved != self.step:
-                path = self.save()
-                progress.note(f"checkpoint {path}")
+            progress.note(f"checkpoint {self.save_and_wait(saved)}")
             for line in self._left_out():
                 progress.note(line)
             if self.interrupted:
-                progress.note(f"stopped by a signal after step {self.step}; the same command continues from there")
+                why = "a signal" if stop.signalled else "train.max_minutes, or another rank's signal"
+                progress.note(f"stopped by {why} after step {self.step}; the same command continues from there")
 
     def train_step(self, stop: StopRequest) -> dict[str, Any] | None:
         """One optimizer step on the global batch; returns what is logged of it. None where the data have ended."""
@@ -149,6 +166,8 @@ class Trainer:
         violation = self._balance_routers(result.finite and learning)
         self.step += 1
         values, data, stopping = self._over_ranks(recorded, stop.requested)
+        if self._write_failed:
+            self._settle()
         self.loader.count(data)
         progress = self.loader.progress
         self.interrupted = stopping and self.step < self.last_step
@@ -199,7 +218,9 @@ class Trainer:
 
     def _over_ranks(self, recorded: Recorded, stop: bool) -> tuple[dict[str, float], dict[str, float], bool]:
         """Of a step, over all ranks: what is logged of its losses, the loader's counts, and whether to stop."""
-        values: dict[Any, Any] = {("stop", 0): float(stop)}
+        retry = self.topology.rank == 0 and time.monotonic() >= self._retry_at
+        flags = {"stop": stop, "failed": self.writer.failed, "retry": retry}
+        values: dict[Any, Any] = {("flag", name): float(flag) for name, flag in flags.items()}
         values |= {("data", name): count * self._counts_data for name, count in self.loader.counts.items()}
         if self.counts:
             values |= {(name, "sum"): total for name, total in recorded.sums.items()}
@@ -207,7 +228,7 @@ class Trainer:
             values |= {(name, i): part for name, pair in recorded.shares.items() for i, part in enumerate(pair)}
         differ = self.topology.sizes.tensor * self.topology.sizes.pipeline > 1
         sums = all_sum(values, self.topology.device, same_names=not differ)
-        stopping = sums.pop(("stop", 0)) > 0
+        stopping, self._write_failed, self._retry = (sums.pop(("flag", name)) > 0 for name in flags)
         data = {name: sums.pop(("data", name)) for name in self.loader.counts}
         means = {name: total / sums[name, "count"] for (name, of), total in sums.items() if of == "sum"}
         parts = {name: part for (name, of), part in sums.items() if of == 0}
@@ -286,8 +307,9 @@ class Trainer:
             self.metrics.write(record)
             self.tracker.log(record, self.step)
 
-    def save(self) -> Path:
-        """Write a checkpoint of everything that the next step depends on (DESIGN 10)."""
+    def save(self) -> None:
+        """Begin to write a checkpoint of everything that the next step depends on (DESIGN 10); training may go on."""
+        self._settle()
         state = {
             "tokens": self.tokens,
             "loader": self._loader_state(),
@@ -298,9 +320,54 @@ class Trainer:
             "layout": asdict(self.topology.sizes),
         }
         own = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers() if not buffer.is_meta}
-        tensors, keep = self.engine.named_state(), self.settings.checkpoint.keep
-        stages = self.topology.sizes.pipeline
-        return checkpoint.save(self.directory.checkpoints, self.step, tensors, own, state, keep, stages)
+        first = not any(self.topology.index(axis) for axis in ("data", "tensor", "context"))  # of a pipeline stage
+        self.writer.start(self.step, self.engine.local_state(), own if first else {}, state)
+        self._retry_at = math.inf
+        if self.metrics is not None:
+            self.metrics.flush()
+
+    def save_and_wait(self, saved: int | None) -> Path:
+        """Have a checkpoint of this step, which may be begun (`saved`), on disk: tried again for half a minute.
+
+        Raises SystemExit with one line where it can't be written.
+        """
+        problem = self._settle() if saved == self.step else "not begun"
+        for pause in FINAL_PAUSES:
+            if problem is None:
+                break
+            time.sleep(pause)
+            self.save()
+            problem = self._settle()
+        path = self.directory.checkpoints / f"step_{self.step:08d}"
+        if problem is not None:
+            if self.topology.rank == 0:
+                print(
+                    f"error: checkpoint {path} can't be written ({problem}): the run ends without it; make room, and "
+                    "the same command continues from the last one",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            gathered(None)  # not before that is said: torchrun ends all ranks with the first
+            raise SystemExit(REQUEUE if self.interrupted else 1)
+        return path
+
+    @contextmanager
+    def _finishing_writes(self) -> Iterator[None]:
+        """Where training ends with an error, the checkpoint that is being written is still worth having."""
+        try:
+            yield
+        except BaseException:  # perhaps of this rank alone, so that nothing can be agreed on
+            self.writer.join(LAST_WRITE)
+            raise
+
+    def _settle(self) -> str | None:
+        """Wait for the checkpoint that is being written; if it failed say so, and why. Every rank must call it."""
+        problem = self.writer.settle()
+        if problem is not None:
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            if self.topology.rank == 0:
+                logger.warning("a checkpoint can't be written (%s): it is tried again", problem)
+        return problem
 
     def restore(self, reader: checkpoint.Reader) -> None:
         """Continue from a checkpoint: weights, optimizer, router biases, data position, RNG; cut the metrics file."""
