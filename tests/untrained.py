@@ -8,7 +8,7 @@ from tests.models import random_model
 from tests.runs import corpus, tiny
 from v4train.config import load, settings
 from v4train.data import train_tokenizer
-from v4train.train import checkpoint
+from v4train.train import checkpoint_writer
 from v4train.train.run_directory import RunDirectory
 
 PLAIN = ["model/residual=plain", "model.mtp.num_layers=0", "model.moe.num_hash_layers=0"]
@@ -36,6 +36,6 @@ def untrained_run(base: Path, name: str, *overrides: str, step: int = 7) -> Path
         "validation": {"step": step, "val_loss": 5.4321, "val_bits_per_byte": 2.5, "val_tokens": 500},
         "config": checked.resolved,
     }
-    weights = ((name, {"weight": parameter.detach()}) for name, parameter in model.named_parameters())
-    checkpoint.save(directory.checkpoints, step, weights, dict(model.named_buffers()), state, keep=0)
+    weights = (("weight", name, parameter.detach()) for name, parameter in model.named_parameters())
+    checkpoint_writer.save(directory.checkpoints, step, weights, dict(model.named_buffers()), state)
     return directory.path

@@ -5,16 +5,19 @@ torchrun -m tests.distributed.engine_worker '{"folder": "...", "jobs": [{"stage"
 
 import json
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.distributed.launch import finished
 from v4train.optim.muon import Matrices, muon_update
 from v4train.optim.param_groups import OptimizerConfig, is_muon_parameter
+from v4train.parallel.slices import Slice, assembled
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 29, 16, 8, 12
 STEPS, LEARNING_RATE, GLOBAL_ROWS = 8, 3e-3, 24
@@ -211,17 +214,18 @@ def run_job(job: dict, topology: object) -> dict:
     )
     if "load" in job:
         state = torch.load(job["load"], weights_only=True)
-        engine.load_named_state(lambda name: state[name])
+        engine.load_named_state(lambda name, box: state[name])
+    whole_state(engine)  # before the optimizers have any
     result = {"losses": [], "norms": [], "finite": [], "counts": engine.parameter_counts}
     for step in range(job.get("start", 0), job.get("stop", STEPS)):
         if step == job.get("save_at"):
             result |= {"saved": job["save"], "saved_validation": validate(engine)}
-            state = dict(engine.named_state())  # every rank takes part
+            state = whole_state(engine)  # every rank takes part
             if topology.rank == 0:
                 torch.save(state, job["save"])
         inject = step == job.get("inject")
         if inject:
-            result["before"] = dict(engine.named_state())
+            result["before"] = whole_state(engine)
             hook = INJECTIONS[job["injection"]](model)
         loss, mode = 0.0, "all"
         if job.get("phases"):
@@ -239,21 +243,39 @@ def run_job(job: dict, topology: object) -> dict:
         outcome = engine.step(LEARNING_RATE, job.get("rates"))
         if inject:
             hook.remove()
-            result["after"] = dict(engine.named_state())
+            result["after"] = whole_state(engine)
         mean = torch.tensor([loss], dtype=torch.float64)
         torch.distributed.all_reduce(mean)
         result["losses"].append(mean.item() / topology.world_size)
         result["norms"].append(outcome.grad_norm)
         result["finite"].append(outcome.finite)
         if job.get("phases"):
-            result.setdefault("states", []).append(dict(engine.named_state()))
+            result.setdefault("states", []).append(whole_state(engine))
     result["validation"] = validate(engine)
-    result["state"] = dict(engine.named_state())
+    result["state"] = whole_state(engine)
     result["muon_calls"] = len(calls)
     if job.get("misuse"):
         result["errors"] = misuse(engine, part)
     deepspeed_fixes.muon_update = original
     return result
+
+
+def whole_state(engine: object) -> dict[str, dict[str, Tensor]]:
+    """Name -> kind -> whole tensor, from what all ranks would save; every rank takes part."""
+    of_ranks = [None] * torch.distributed.get_world_size()
+    local = list(engine.local_state())
+    for of in {kind for kind, _, _ in local}:
+        serialize({key: tensor for kind, key, tensor in local if kind == of})  # it refuses tensors that share memory
+    torch.distributed.all_gather_object(of_ranks, local)
+    pieces: dict[tuple[str, str], list[tuple[Slice | None, Tensor]]] = defaultdict(list)
+    for kind, key, tensor in (item for items in of_ranks for item in items):
+        piece = Slice.of_key(key)
+        pieces[piece.name if piece else key, kind].append((piece, tensor))
+    state: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for (name, kind), parts in sorted(pieces.items(), key=lambda item: item[0]):
+        assert all(piece for piece, _ in parts) or len(parts) == 1, (name, kind)  # each value once
+        state[name][kind] = assembled(parts) if parts[0][0] else parts[0][1]
+    return dict(state)
 
 
 def misuse(engine: object, micro_batch: list[Tensor]) -> list[str]:
@@ -264,7 +286,7 @@ def misuse(engine: object, micro_batch: list[Tensor]) -> list[str]:
         lambda: [engine.forward_backward(*micro_batch) for _ in range(9)],
         lambda: engine.freeze(["adamw"]),
         lambda: engine.step(LEARNING_RATE, {"nonsense": 1.0}),
-        lambda: engine.load_named_state(lambda name: {"weight": torch.zeros(VOCABULARY, WIDTH)}),
+        lambda: engine.load_named_state(lambda name, box: {"weight": torch.zeros(VOCABULARY, WIDTH)}),
     )
     for call in calls:
         try:

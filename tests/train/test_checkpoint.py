@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from v4train.errors import ConfigError
-from v4train.train import checkpoint
+from v4train.train import checkpoint, checkpoint_writer
 from v4train.train.checkpoint import CheckpointConfig, Reader
 
 PARAMETERS = {
@@ -18,7 +18,8 @@ BUFFERS = {"router.bias": torch.tensor([0.5, -0.5]), "router.table": torch.tenso
 
 
 def save(folder, step, keep=0):
-    return checkpoint.save(folder, step, iter(PARAMETERS.items()), BUFFERS, {"tokens": step * 10}, keep)
+    pieces = [(kind, name, tensor) for name, tensors in PARAMETERS.items() for kind, tensor in tensors.items()]
+    return checkpoint_writer.save(folder, step, pieces, BUFFERS, {"tokens": step * 10}, keep)
 
 
 def test_what_is_saved_is_read_back_bitwise(tmp_path):
@@ -71,10 +72,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capl
     content = path.read_bytes()
     if harm == "delete":
         path.unlink()
-    elif harm == "flip" and file == "manifest.json":
-        manifest = json.loads(content)
-        manifest["files"]["weight-00000.safetensors"] = "0" * 64
-        path.write_text(json.dumps(manifest))
     else:
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
@@ -92,7 +89,34 @@ def test_a_checkpoint_of_another_format_is_not_read(tmp_path):
 
 
 def test_resume_takes_auto_never_or_a_checkpoint(tmp_path):
-    assert CheckpointConfig(0, 1, "auto").resume == "auto"
-    assert CheckpointConfig(0, 1, str(save(tmp_path, 1)))
+    assert CheckpointConfig(0, 1, 0, "auto").resume == "auto"
+    assert CheckpointConfig(0, 1, 0, str(save(tmp_path, 1)))
     with pytest.raises(ConfigError, match="checkpoint.resume"):
-        CheckpointConfig(0, 1, str(tmp_path))
+        CheckpointConfig(0, 1, 0, str(tmp_path))
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path):
+    path = save(tmp_path, 1) / "manifest.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in (1, 4, 64):
+            changed = content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+            path.write_bytes(changed)
+            meant = _meaning(changed)
+            assert (checkpoint.damage(path.parent) is None) == (meant == json.loads(content)), place
+
+
+def _meaning(content):
+    """Space between the tokens of JSON means nothing."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    assert checkpoint.damage(path) is None and Reader(path).manifest["state"] == {"tokens": 10}

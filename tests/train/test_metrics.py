@@ -119,3 +119,38 @@ def test_summary_is_one_json_object_and_replaces_the_old_one(tmp_path):
     write_summary(path, {"loss": math.nan, "steps": torch.tensor(5)})
     assert json.loads(path.read_text(), parse_constant=refuse_constant) == {"loss": "nan", "steps": 5}
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_line_that_the_disk_takes_a_part_of_comes_whole_later(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as file:
+        file.write({"step": 1})
+        real = file._file
+
+        class Full:
+            def write(self, content):
+                return real.write(content[:5])
+
+            def close(self):
+                real.close()
+
+        file._file = Full()
+        file.write({"step": 2, "loss": 1.5})
+        assert path.read_bytes() == b'{"step": 1}\n' and "can't be written" in caplog.text
+        file.write({"step": 3})
+        assert file.flush()
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+
+
+def test_a_file_that_is_gone_is_made_again_with_what_waits(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    with MetricsFile(path) as file:
+        file.write({"step": 1})
+        path.unlink()
+        path.parent.rmdir()
+        path.parent.write_text("in the way")
+        file.write({"step": 2})
+        assert not file.flush()
+        path.parent.unlink()
+        file.write({"step": 3})
+    assert [record["step"] for record in read_metrics(path)] == [2, 3]

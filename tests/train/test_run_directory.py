@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from v4train.errors import ConfigError
-from v4train.train import checkpoint
+from v4train.train import checkpoint, checkpoint_writer
 from v4train.train.run_directory import RunDirectory
 
 CONFIG = {
@@ -33,7 +33,7 @@ def start(directory, resume="auto", overwrite=False, config=CONFIG):
 
 def save(directory, step):
     state = {"config": CONFIG}
-    return checkpoint.save(directory.checkpoints, step, iter([("a", {"weight": torch.ones(1)})]), {}, state, 0)
+    return checkpoint_writer.save(directory.checkpoints, step, [("a", {"weight": torch.ones(1)})], {}, state)
 
 
 @pytest.fixture
