@@ -5,9 +5,9 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
-from v4train.overrides import config_dir
 from v4train.errors import ConfigError
 from v4train.launching.local import LocalConfig, slot_environments
+from v4train.overrides import config_dir
 
 
 def config(**overrides) -> LocalConfig:
