@@ -181,6 +181,7 @@ def settings(config: DictConfig) -> Settings:
         topology=make_topology(parallelism, checked_device(device)),
         resolved=resolved,
     )
+    made.optimizer.resolve_dtype(precision)
     if made.compile and made.topology.sizes.tensor > 1:
         rule = "what is compiled holds no collectives"
         raise ConfigError("compile", True, rule, "use compile=false with parallelism.tensor")

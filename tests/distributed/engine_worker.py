@@ -121,7 +121,7 @@ def batch(step: int) -> tuple[Tensor, Tensor, bool]:
 
 
 def optimizer_config(name: str) -> OptimizerConfig:
-    return OptimizerConfig(name, LEARNING_RATE, (0.9, 0.95), 1e-20, 0.1, 0.95, 0.18, (8, 2), "float32")
+    return OptimizerConfig(name, LEARNING_RATE, (0.9, 0.95), 1e-20, 0.1, 0.95, 0.18, (8, 2), "float32", False, True)
 
 
 def train_plainly(

@@ -7,7 +7,7 @@ Shape legend: `...` batch of matrices, `n` rows, `m` columns.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,16 +44,42 @@ def newton_schulz(matrices: Tensor, steps: tuple[int, int] = (8, 2), dtype: torc
 
 
 class Matrices(NamedTuple):
-    """What of a tensor is one matrix to Muon, beside its leading dimensions.
+    """What of a tensor is one matrix to Muon: by default its last two dimensions.
 
-    independent_rows: sizes of the matrices that are stacked along the rows (they sum to n), each orthogonalised and
-    scaled alone; None is one matrix. gather, part: where ranks have a part of each matrix, from that to the whole and
-    back.
+    rows: sizes of the matrices that are stacked along the rows `n`, each orthogonalised and scaled alone: a tuple that
+    sums to n, or one number where all have that size (heads). joined: the dimension before the matrix is rows too (the
+    groups of a projection as one matrix). gather, part: where ranks have a part of each matrix, from that to the whole
+    and back.
     """
 
-    independent_rows: Sequence[int] | None = None
+    rows: tuple[int, ...] | int | None = None
+    joined: bool = False
     gather: Callable[[Tensor], Tensor] | None = None
     part: Callable[[Tensor], Tensor] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+        """`function`, which maps batches of matrices [..., n, m] to such, of every matrix of `tensor`; those of equal
+        shape go into one call."""
+        x = tensor.flatten(-3, -2) if self.joined else tensor
+        x = x if self.gather is None else self.gather(x)
+        if isinstance(self.rows, int):
+            x = function(x.unflatten(-2, (-1, self.rows))).flatten(-3, -2)
+        elif self.rows is not None:
+            x = _map_uneven(function, x, self.rows)
+        else:
+            x = function(x)
+        x = x if self.part is None else self.part(x)
+        return x.reshape(tensor.shape)
+
+
+def _map_uneven(function: Callable[[Tensor], Tensor], x: Tensor, rows: tuple[int, ...]) -> Tensor:
+    parts = list(x.split(rows, dim=-2))
+    for size in set(rows):
+        places = [place for place, own in enumerate(rows) if own == size]
+        results = function(torch.stack([parts[place] for place in places], dim=-3)).unbind(-3)
+        for place, result in zip(places, results, strict=True):
+            parts[place] = result
+    return torch.cat(parts, dim=-2)
 
 
 def muon_update(
@@ -73,11 +99,8 @@ def muon_update(
     """
     momentum.mul_(beta).add_(gradient)
     nesterov = torch.add(gradient, momentum, alpha=beta)
-    if matrices.gather is not None:
-        nesterov = matrices.gather(nesterov)
-    updates = []
-    for matrix in nesterov.split(list(matrices.independent_rows or nesterov.shape[-2:-1]), dim=-2):
-        scale = math.sqrt(max(matrix.shape[-2:])) * update_rms
-        updates.append(newton_schulz(matrix, steps, dtype) * scale)
-    update = updates[0] if len(updates) == 1 else torch.cat(updates, dim=-2)
-    return update if matrices.part is None else matrices.part(update)
+
+    def orthogonalised(x: Tensor) -> Tensor:
+        return newton_schulz(x, steps, dtype) * (math.sqrt(max(x.shape[-2:])) * update_rms)
+
+    return matrices.map(orthogonalised, nesterov)

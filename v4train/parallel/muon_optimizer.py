@@ -66,13 +66,16 @@ def build_optimizer(
 
 
 def matrices_of(group: ParameterGroup, tensor_group: dist.ProcessGroup | None) -> Matrices:
-    """What Muon has to gather: parts of a matrix, its last two dimensions, and not parts of a stack."""
-    dims = [dim for axis, dim in group.parts if axis == "tensor" and dim >= -2]
+    """What Muon has to gather: parts of a matrix, its last two dimensions, and not parts of a stack or whole heads."""
+    dims = [dim for axis, dim in group.parts if axis == "tensor"]
+    dims = [-2 if group.joined and dim == -3 else dim for dim in dims]
+    dims = [dim for dim in dims if dim == -1 or dim == -2 and not isinstance(group.rows, int)]
     if not dims:
-        return Matrices(group.independent_rows)
+        return Matrices(group.rows, group.joined)
     rank, ranks = dist.get_rank(tensor_group), dist.get_world_size(tensor_group)
     return Matrices(
-        group.independent_rows,
+        group.rows,
+        group.joined,
         gather=lambda x: gathered(x, dims[0], tensor_group),
         part=lambda x: x.chunk(ranks, dims[0])[rank].contiguous(),
     )
