@@ -138,7 +138,9 @@ def test_clipping_touches_adamws_gradients_only(run, world, stage):
     """AdamW's first update is the sign of the gradient whatever its size, so momenta tell: the second update is not
     that of unclipped gradients, of which the steps have equal norms."""
     result = run(world)[0]["jobs"][stage, 1, False]
-    assert relative(updates(result, "square")[0], single("square", False)[0]) < 1e-5  # and a norm of 10, clipped at 1e-3
+    assert (
+        relative(updates(result, "square")[0], single("square", False)[0]) < 1e-5
+    )  # and a norm of 10, clipped at 1e-3
 
 
 @pytest.mark.parametrize("world", WORLDS)

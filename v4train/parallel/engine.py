@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from v4train.data import Batch
+from v4train.model.cross_entropy import TokenLosses
 from v4train.model.losses import Recorded
 from v4train.optim.param_groups import (
     OptimizerConfig,
@@ -169,6 +170,12 @@ class Engine:
     def validation_loss(self, batch: Batch) -> Tensor:
         """`lm_loss` of a batch, 0-dim; 0 where it is another rank's to know. The caller sets `model.eval()`."""
         return self.forward(batch.input_ids, batch.document_ids, batch.targets).losses["lm_loss"]
+
+    def token_losses(self, batch: Batch) -> TokenLosses | None:
+        """Of every target at hand, [B, S]; None where they are another rank's to know. The caller sets `model.eval()`."""
+        with self.model.losses.each_token() as found:
+            self.validation_loss(batch)
+        return found[0] if found else None
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Logits [B, S, V] of whole rows, the same on every rank. The caller sets `model.eval()`."""
