@@ -4,6 +4,7 @@ Arguments are key=value; keys, meaning and defaults: conf/evaluate.yaml and conf
 stdout, the same numbers to a JSON file. docs/evaluation.md says what is measured.
 """
 
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,9 +78,9 @@ def main(arguments: list[str]) -> None:
                 few_shot, limit = config.few_shot, config.task_limit
                 found["tasks"] = harness.run_tasks(asked, config.tasks, config.task_path, few_shot, limit)
         except FloatingPointError as error:
-            raise ConfigError(
-                "run", config.run, f"the model has diverged ({error})", "use another checkpoint"
-            ) from error
+            raise diverged(config.run) from error
+    if "text" in found and not math.isfinite(found["text"]["all"]["loss"]):
+        raise diverged(config.run)
     print(tables(found))
     out = Path(config.out or directory.path / "evaluation" / f"{path.name}.json")
     about = {"run": str(directory.path), "checkpoint": path.name, "step": manifest["step"]}
@@ -107,9 +108,12 @@ def read_data(config: EvaluateConfig, directory: RunDirectory, trained: dict[str
     """The run's own tokenizer and held-out documents. Raises ConfigError (data.*) where they are gone."""
     data = structured(DataConfig, trained["data"], "data")
     own = trained["tokenizer"] | {"path": str(directory.tokenizer)}
-    return load_data(
-        data, structured(TokenizerConfig, own, "tokenizer"), config.tokens or trained["train"]["validation_tokens"]
-    )
+    tokens = config.tokens or trained["train"]["validation_tokens"]
+    return load_data(data, structured(TokenizerConfig, own, "tokenizer"), tokens)
+
+
+def diverged(run: str) -> ConfigError:
+    return ConfigError("run", run, "the model has diverged: its losses are not finite", "use another checkpoint")
 
 
 def write(out: Path, found: dict[str, Any]) -> None:

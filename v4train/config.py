@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from v4train.data import DataConfig, TokenizerConfig, check_data
 from v4train.errors import ConfigError
+from v4train.evaluation.config import EvaluationConfig
 from v4train.model import ModelConfig, model_config
 from v4train.model.compiled import cpp_compiler
 from v4train.model.recompute import RECOMPUTE_LEVELS
@@ -73,6 +74,7 @@ class TrainConfig:
     log_every: int
     validate_every: int
     validation_tokens: int
+    evaluate_every: int
     sample_prompt: str
     sample_tokens: int
     sample_temperature: float
@@ -108,6 +110,7 @@ class Settings:
     schedule: ScheduleConfig
     parallelism: ParallelismConfig
     checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
     tracking: TrackingConfig
     topology: Topology
     resolved: dict[str, Any]
@@ -177,6 +180,7 @@ def settings(config: DictConfig) -> Settings:
         schedule=structured(ScheduleConfig, resolved["schedule"], "schedule"),
         parallelism=parallelism,
         checkpoint=structured(CheckpointConfig, resolved["checkpoint"], "checkpoint"),
+        evaluation=structured(EvaluationConfig, resolved["evaluation"], "evaluation"),
         tracking=structured(TrackingConfig, resolved["tracking"], "tracking"),
         topology=make_topology(parallelism, checked_device(device)),
         resolved=resolved,
@@ -236,7 +240,14 @@ def _check_train(train: TrainConfig, data_size: int) -> None:
     for key in ("global_batch_size", "sequence_length", "log_every"):
         if getattr(train, key) < 1:
             refuse(key, "it must be at least 1", "choose a positive number")
-    for key in ("validate_every", "validation_tokens", "grad_clip", "sample_tokens", "sample_temperature"):
+    for key in (
+        "validate_every",
+        "validation_tokens",
+        "evaluate_every",
+        "grad_clip",
+        "sample_tokens",
+        "sample_temperature",
+    ):
         if not getattr(train, key) >= 0:  # NaN too
             refuse(key, "it can't be negative", "use 0 to switch it off")
     for key in ("max_steps", "max_tokens", "stop_at_step", "micro_batch_size"):

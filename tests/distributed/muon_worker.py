@@ -42,7 +42,8 @@ def gradients(name: str, step: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(1000 * step + list(SHAPES).index(name))
     shape = SHAPES[name]
-    rows = torch.randn((ROWS, *shape), generator=generator)
+    size = 1 + 2 * step  # or clipping both steps' gradients to one norm would change no Muon update
+    rows = torch.randn((ROWS, *shape), generator=generator) * size
     if name not in RANKS:
         return rows
     parts = []
@@ -50,7 +51,7 @@ def gradients(name: str, step: int) -> Tensor:
         always = torch.Generator().manual_seed(number)
         left, right = (torch.randn(size, rank, generator=always) for size in shape[-2:])
         parts.append(torch.einsum("nr,br,mr->bnm", left, torch.randn(ROWS, rank, generator=generator).abs(), right))
-    return torch.stack(parts, dim=1).view(ROWS, *shape)
+    return torch.stack(parts, dim=1).view(ROWS, *shape) * size
 
 
 class Prescribed(nn.Module):

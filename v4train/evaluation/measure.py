@@ -1,6 +1,5 @@
 """All that is measured on our own rows, in one dictionary; of one process, or of ranks whose sums add up."""
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,7 +40,6 @@ def measure(
 
     Raises:
         ConfigError: the recall task doesn't fit the rows or the tokenizer.
-        FloatingPointError: a loss is not finite.
     """
     found: dict[str, Any] = {}
     task = recall_task(config, corpus, tokenizer, length)  # first: it may refuse
@@ -49,12 +47,9 @@ def measure(
         sizes = {"tokens": config.tokens, "length": length, "batch_size": batch_size, "rank": rank}
         sums = over_ranks(text_sums_by_source(corpus, tokenizer, scores_of, **sizes))
         found["text"] = text_figures(sums, corpus.sources, length)
-        if not math.isfinite(found["text"]["all"]["loss"]):
-            raise FloatingPointError("the loss is not finite")
     if task is not None:
-        found["recall"] = recall_figures(
-            over_ranks(recall_sums(task, scores_of, config.recall_rows, batch_size, rank)), task
-        )
+        sums = recall_sums(task, scores_of, config.recall_rows, batch_size, rank)
+        found["recall"] = recall_figures(over_ranks(sums), task)
     return found
 
 

@@ -172,7 +172,7 @@ class Engine:
         return self.forward(batch.input_ids, batch.document_ids, batch.targets).losses["lm_loss"]
 
     def token_losses(self, batch: Batch) -> TokenLosses | None:
-        """Of every target at hand, [B, S]; None where they are another rank's to know. The caller sets `model.eval()`."""
+        """Of every target at hand, [B, S]; None where another rank knows them. The caller sets `model.eval()`."""
         with self.model.losses.each_token() as found:
             self.validation_loss(batch)
         return found[0] if found else None

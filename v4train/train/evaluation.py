@@ -41,7 +41,7 @@ class Evaluation:
         return dict(flat(found))
 
     def _scores(self, batch: Batch) -> Scores:
-        """Of whole rows; what another rank counts is 0 here: of a row's shards, stages and copies each knows its own."""
+        """Of whole rows; what another rank counts is 0 here: of a row's shards, stages and copies each has its own."""
         index, count = self.topology.index("context"), self.topology.sizes.context
         found = self.engine.token_losses(batch.shard(index, count, self.topology.device))
         targets = batch.targets.cpu()
