@@ -38,6 +38,7 @@ from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
 from v4train.train.checkpoint_writer import CheckpointWriter
 from v4train.train.distributed import all_max, all_sum, all_sum_tensor, gathered
+from v4train.train.evaluation import Evaluation
 from v4train.train.metrics import MetricsFile
 from v4train.train.profiler import StepProfiler
 from v4train.train.progress import Progress
@@ -95,6 +96,7 @@ class Trainer:
         self.interrupted = self.dry = False  # dry: the data have ended
         self._write_failed = self._retry = False  # agreed on by all ranks at the last step
         self.validation: dict[str, float] = {}
+        self.evaluation = Evaluation(settings, engine, corpus, tokenizer)
         self.metrics = MetricsFile(directory.metrics) if self.topology.rank == 0 else None
         parts = {
             "data": (self.loader, "next_step"),
@@ -134,6 +136,8 @@ class Trainer:
                 if _due(self.step, self.train.validate_every):
                     self.validate(progress)
                     validated = self.step
+                if _due(self.step, self.train.evaluate_every):
+                    self.log({"step": self.step, "tokens": self.tokens, **self.evaluation.figures()})
                 due = _due(self.step, self.settings.checkpoint.every) or self._retry
                 if due and self.step < self.last_step and not self.interrupted:
                     self.save()
