@@ -167,7 +167,7 @@ class Trainer:
         if not result.finite:
             logger.warning("step %d: the gradient is not finite; the update is skipped", self.step + 1)
         learning = self.train.attention_mode != "indexer_warmup"  # the routers too
-        violation = self._balance_routers(result.finite and learning)
+        violations = self._balance_routers(result.finite and learning)
         self.step += 1
         values, data, stopping = self._over_ranks(recorded, stop.requested)
         if self._write_failed:
@@ -186,7 +186,8 @@ class Trainer:
             "tokens_per_second": self.train.tokens_per_step / seconds,
             "mfu": self.train.tokens_per_step / seconds * self.flops_share,
             "memory_gib": all_max(_peak_memory_gib(self.topology.device), self.topology.device),
-            "max_violation": violation,
+            "max_violation": max(violations.values(), default=0.0),
+            "max_violation_by_layer": violations,
             "phase": 0,
             "attention_mode": self.model.attention_mode,
             "sequence_length": self.train.sequence_length,
@@ -409,11 +410,12 @@ class Trainer:
         frozen = {"dense": {True}, "indexer_warmup": {False}, "sparse": set()}[mode]
         self.engine.freeze(group.name for group in self.engine.groups if group.indexer in frozen)
 
-    def _balance_routers(self, update: bool) -> float:
-        """The worst layer's max violation; `update` moves each selection bias against the load of the global batch."""
+    def _balance_routers(self, update: bool) -> dict[str, float]:
+        """Max violation by layer, as `blocks.3` or `mtp`; `update` moves each selection bias against the load of the
+        global batch."""
         routers = list(self.model.routers().values())
         if not routers:
-            return 0.0
+            return {}
         loads = torch.zeros(len(routers), self.settings.model.moe.num_experts, dtype=torch.long)
         loads = loads.to(self.topology.device)
         for own, router in zip(loads, routers, strict=True):
@@ -423,7 +425,8 @@ class Trainer:
         for router, load in zip(routers, loads, strict=True) if update else ():
             if not router.bias.is_meta:
                 router.update_bias(load, self.settings.model.moe.bias_update_speed)
-        return max(float(max_violation(load)) for load in loads)
+        layers = [name.removesuffix(".ffn.router").removesuffix(".block") for name in self.model.routers()]
+        return {layer: float(max_violation(load)) for layer, load in zip(layers, loads, strict=True)}
 
     def _own(self, batch: Batch) -> Batch:
         """This rank's shard of each row, on its device."""
