@@ -15,7 +15,7 @@ TOKENIZER = train_tokenizer(["a text of words, and @ more of them\n" * 20], 300)
 
 
 def task(seed=1, **others) -> RecallTask:
-    return RecallTask(documents_of([30, 2, 90, 40]), TOKENIZER, LENGTH, seed, **OPTIONS | others)
+    return RecallTask(documents_of([30, 2, 90, 40], 1000), TOKENIZER, LENGTH, seed, **OPTIONS | others)
 
 
 def statements(task: RecallTask, row: np.ndarray) -> list[tuple[int, int, int]]:
@@ -70,7 +70,7 @@ def test_the_text_between_is_that_of_documents_without_their_ends():
     """`documents_of` numbers its tokens on from one document to the next."""
     made = task(pairs=1)
     row, distances = made.row(3)
-    tokens, documents = row.input_ids[1:], documents_of([30, 2, 90, 40])
+    tokens, documents = row.input_ids[1:], documents_of([30, 2, 90, 40], 1000)
     ends = {int(documents.tokens(d)[place]) for d in range(4) for place in (0, -1)}
     assert not ends & set(tokens.tolist())
 
@@ -78,7 +78,7 @@ def test_the_text_between_is_that_of_documents_without_their_ends():
 def test_distances_are_doubled_as_far_as_a_row_goes_where_none_are_given():
     width = len(TOKENIZER.encode(OPENING)) + 2
     assert task(distances=None).config.distances == [32, 64, 128]
-    whole = RecallTask(documents_of([90]), TOKENIZER, 64 + 1 + width, 1, **OPTIONS | {"distances": None})
+    whole = RecallTask(documents_of([90], 1000), TOKENIZER, 64 + 1 + width, 1, **OPTIONS | {"distances": None})
     assert whole.config.distances == [32, 64]
     assert whole.row(1).distances.max() in (32, 64)
 
