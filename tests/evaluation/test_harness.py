@@ -76,14 +76,13 @@ def test_a_long_context_loses_its_beginning(asked):
 
 def test_the_likelihood_of_a_whole_text_is_that_of_its_windows(asked):
     ids = asked.text.encode(TEXT).tolist()
-    expected, before = 0.0, [asked.text.bos_id]
-    for first in range(0, len(ids), MAX_LENGTH):
-        part = ids[first : first + MAX_LENGTH]
-        if len(part) == MAX_LENGTH or first == 0:
-            expected += log_likelihood(asked, before, part)[0]
-        else:  # lm_eval's last window is as long as the others, and scores the rest
-            expected += log_likelihood(asked, before, part)[0]
-        before = part[-1:]
+    whole = len(ids) // MAX_LENGTH * MAX_LENGTH
+    assert whole >= 2 * MAX_LENGTH and len(ids) > whole
+    expected = log_likelihood(asked, [asked.text.bos_id], ids[:MAX_LENGTH])[0]
+    for first in range(MAX_LENGTH, whole, MAX_LENGTH):
+        expected += log_likelihood(asked, ids[first - 1 : first], ids[first : first + MAX_LENGTH])[0]
+    # The last window is as long as the others, and scores the rest
+    expected += log_likelihood(asked, ids[-MAX_LENGTH - 1 : whole], ids[whole:])[0]
     found = asked.loglikelihood_rolling([request(TEXT), request("")], disable_tqdm=True)
     assert found[1] == 0.0 and found[0] == pytest.approx(expected, rel=1e-5)
 
@@ -121,7 +120,8 @@ def tasks(tmp_path):
     common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
     (tmp_path / "choose.yaml").write_text(
         f"task: choose\n{common}output_type: multiple_choice\ndoc_to_text: '{{{{question}}}}'\n"
-        "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
+        "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\ntarget_delimiter: ''\n"
+        "metric_list: [{metric: acc}]\n"
     )
     (tmp_path / "text.yaml").write_text(
         f"task: text\n{common}output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{{{question}}}}'\n"
