@@ -189,14 +189,14 @@ def run_job(job: dict, topology: object) -> dict:
     injection (a key of INJECTIONS), rates (learning rates by group), misuse (make the calls that must fail), phases
     (run and freeze as PHASES says, and keep the state after each step).
     """
-    from v4train.parallel import deepspeed_fixes
+    from v4train.optim import muon
     from v4train.parallel.engine import Engine
     from v4train.parallel.topology import ParallelismConfig
 
     extra = {"zero_optimization": {"stage3_param_persistence_threshold": job.get("persistence", 0)}}
     calls = []
-    original = deepspeed_fixes.muon_update
-    deepspeed_fixes.muon_update = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    original = muon.newton_schulz
+    muon.newton_schulz = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
     model = make_model()
     accumulation = job["accumulation"]
     engine = Engine(
@@ -252,7 +252,7 @@ def run_job(job: dict, topology: object) -> dict:
     result["muon_calls"] = len(calls)
     if job.get("misuse"):
         result["errors"] = misuse(engine, part)
-    deepspeed_fixes.muon_update = original
+    muon.newton_schulz = original
     return result
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 STAGES, ACCUMULATIONS = (0, 1, 2, 3), (1, 4)
 WORLDS = [2, pytest.param(1, marks=pytest.mark.exhaustive), pytest.param(3, marks=pytest.mark.exhaustive)]
 MUON = [name for name in SHAPES if name not in ("embed", "norm")]
-LARGEST = {"tensor": max(math.prod(SHAPES[name]) for name in MUON), "matrix": 48 * 64}
+LARGEST, LARGEST_WORK = 48 * 64, 48 * 48 * 64  # of a matrix: elements, and the work that the worker counts
 
 
 def jobs() -> dict[tuple[int, int, bool], dict]:
@@ -145,14 +145,16 @@ def test_clipping_before_muon_would_be_noticed():
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_work_and_momentum_are_shared_out(run, world, stage):
-    """A rank holds its share and, in ZeRO 1-2, the other parts of matrices at its edges."""
+    """A rank has its share. In ZeRO 1-2 also the other parts of the matrices at its edges, be they one expert's; in
+    ZeRO 3 tensors take turns, and what is no multiple of the ranks is padded."""
     total = sum(math.prod(SHAPES[name]) for name in MUON)
     ranks = [rank["jobs"][stage, 1, False] for rank in run(world)]
     work = run(world)[0]["jobs"][0, 1, False]["work"]
-    assert all(rank["momentum"] <= total / world + 3 * LARGEST["matrix"] + 100 for rank in ranks)
-    assert work <= sum(rank["work"] for rank in ranks) <= work + 2 * STEPS * 3 * (world - 1) * 48 * 48 * 64
+    edges = LARGEST if stage < 3 else len(MUON)
+    assert all(rank["momentum"] <= total / world + edges for rank in ranks)
+    assert work <= sum(rank["work"] for rank in ranks) <= work + (world - 1) * STEPS * LARGEST_WORK * (stage < 3)
     if world > 1:
-        assert max(rank["work"] for rank in ranks) < 0.75 * work
+        assert max(rank["work"] for rank in ranks) < 0.7 * work
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -23,7 +23,13 @@ from v4train.optim.param_groups import (
     parameter_counts,
 )
 from v4train.parallel.deepspeed_config import deepspeed_config
-from v4train.parallel.deepspeed_fixes import LossFirst, Mpu, share_out_experts, sum_gradients_by_module
+from v4train.parallel.deepspeed_fixes import (
+    LossFirst,
+    Mpu,
+    muon_settings,
+    share_out_experts,
+    sum_gradients_by_module,
+)
 from v4train.parallel.gradients import gradients_of
 from v4train.parallel.groups import Groups, process_groups
 from v4train.parallel.layout import Layout
@@ -99,7 +105,8 @@ class Engine:
         )
         self._engine, zero, _, _ = self._initialize(deepspeed, config, groups)
         counted = {group.name for group in self.groups if self._counts(group, parallelism.zero_stage)}
-        self._gradients = gradients_of(parallelism.zero_stage, self._optimizer, zero, counted)
+        settings = muon_settings(optimizer_config)
+        self._gradients = gradients_of(parallelism.zero_stage, self._optimizer, zero, counted, settings)
         self._state = state_access(parallelism.zero_stage, self._optimizer, zero)
         self._ready = self._begun = False  # the last, the first micro-batch has been through `forward_backward`
 
