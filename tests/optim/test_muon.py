@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from v4train.optim import muon
-from v4train.optim.muon import Matrices, muon_update, newton_schulz
+from v4train.optim.muon import Matrices, muon_update, muon_updates, newton_schulz
 
 SETTINGS = {"beta": 0.95, "update_rms": 0.18, "steps": (8, 2)}
 COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 8 + [(2.0, -1.5, 0.5)] * 2
@@ -115,10 +115,31 @@ def test_joined_groups_are_one_matrix():
 
 def test_matrices_of_equal_shape_go_through_newton_schulz_together(monkeypatch):
     seen = []
-    monkeypatch.setattr(muon, "newton_schulz", lambda x, *settings: seen.append(tuple(x.shape)) or x)
-    for shape, matrices in [((24, 6), Matrices((4, 4, 16))), ((24, 6), Matrices(8)), ((5, 2, 8, 6), Matrices())]:
-        muon_update(torch.zeros(shape), torch.zeros(shape), matrices=matrices, **SETTINGS)
-    assert sorted(seen) == [(1, 16, 6), (2, 4, 6), (3, 8, 6), (5, 2, 8, 6)]
+    monkeypatch.setattr(muon, "newton_schulz", lambda x, *settings: seen.append(tuple(x.shape)) or x.clone())
+    monkeypatch.setattr(muon, "BATCH", 16 * 8 * 6)
+    shapes = [(24, 6), (24, 6), (5, 2, 8, 6), (8, 6), (3, 8, 6)]
+    matrices = [Matrices((4, 4, 16)), Matrices(8), Matrices(), Matrices(), Matrices()]
+    zeros = [torch.zeros(shape) for shape in shapes]
+    updates = muon_updates(zeros, [x.clone() for x in zeros], matrices, **SETTINGS)
+    assert [update.shape for update in updates] == [x.shape for x in zeros]
+    assert sorted(seen) == [(1, 16, 6), (2, 4, 6), (3, 8, 6), (14, 8, 6)]  # no more than BATCH elements at a time
+
+
+def test_together_is_one_by_one():
+    generator = torch.Generator().manual_seed(10)
+    shapes = [(24, 6), (24, 6), (5, 2, 8, 6), (8, 6), (3, 8, 6)]
+    matrices = [Matrices((4, 4, 16)), Matrices(8), Matrices(), Matrices(), Matrices(joined=True)]
+    gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+    momenta = [torch.randn(shape, generator=generator) for shape in shapes]
+    alone = [
+        muon_update(gradient, momentum.clone(), matrices=of, **SETTINGS)
+        for gradient, momentum, of in zip(gradients, momenta, matrices, strict=True)
+    ]
+    before = [momentum.clone() for momentum in momenta]
+    for update, expected in zip(muon_updates(gradients, momenta, matrices, **SETTINGS), alone, strict=True):
+        torch.testing.assert_close(update, expected, atol=1e-6, rtol=0)
+    for momentum, old, gradient in zip(momenta, before, gradients, strict=True):
+        torch.testing.assert_close(momentum, 0.95 * old + gradient)
 
 
 @pytest.mark.parametrize("rows", [None, (2, 4), 3])

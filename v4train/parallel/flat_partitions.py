@@ -21,6 +21,10 @@ class Place(NamedTuple):
     in_whole: slice
     in_partition: slice
 
+    @property
+    def size(self) -> int:
+        return self.in_whole.stop - self.in_whole.start
+
 
 class Piece(NamedTuple):
     """The whole matrices that a partition has a part of: a slice of the flat parameter, their shape, and what they are

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from v4train.optim.muon import Matrices, muon_update
+from v4train.optim.muon import Matrices, muon_updates
 from v4train.parallel.flat_partitions import FlatPartitions, piece
 
 
@@ -169,18 +169,20 @@ class FlatGradients(_ShardedGradients):
         gradients, matrices = self._zero.all_grad_tensors[group], self._matrices[group]
         own = self._partitions.own(group)
         staged = self._partitions.staged_momentum(group, matrices, gradients[0])
-        updates, first = gradients[0].new_zeros(size), 0
         self._squares[group] = _sum_of_squares(
             gradient.reshape(-1)[place.in_whole] for (_, place), gradient in zip(own, gradients, strict=True)
         )
-        for (parameter, place), gradient in zip(own, gradients, strict=True):
-            of = piece(parameter, place, matrices)
-            momentum = staged[first : first + of.size].view(-1, *of.shape)
-            update = muon_update(of.of(gradient), momentum, matrices=of.matrices, **self._muon_settings)
-            before = place.in_whole.start - of.in_whole.start
-            updates[place.in_partition] = update.flatten()[before:][: place.in_whole.stop - place.in_whole.start]
-            first += of.size
-        return updates
+        pieces = [piece(parameter, place, matrices) for parameter, place in own]
+        momenta = [
+            flat.view(-1, *of.shape) for of, flat in zip(pieces, staged.split([of.size for of in pieces]), strict=True)
+        ]
+        whole = [of.of(gradient) for of, gradient in zip(pieces, gradients, strict=True)]
+        updates = muon_updates(whole, momenta, [of.matrices for of in pieces], **self._muon_settings)
+        partition = gradients[0].new_zeros(size)
+        for (_, place), of, update in zip(own, pieces, updates, strict=True):
+            first = place.in_whole.start - of.in_whole.start
+            partition[place.in_partition] = update.flatten()[first : first + place.size]
+        return partition
 
     def square_sums(self) -> tuple[float, float]:
         sums = super().square_sums()
