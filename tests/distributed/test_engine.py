@@ -202,7 +202,8 @@ def test_muon_runs_once_a_step(run, world):
         calls = [
             [rank[key("train", stage, steps, "muon")]["muon_calls"] for rank in run("train", world)] for steps in (1, 2)
         ]
-        assert calls[0] == calls[1] and max(calls[0]) <= 6 * STEPS <= sum(calls[0])
+        assert calls[0] == calls[1] and max(calls[0]) <= 6 * STEPS
+        assert stage == 0 or sum(calls[0]) >= 6 * STEPS
 
 
 def test_counts(run):

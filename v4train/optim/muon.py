@@ -76,15 +76,9 @@ class Matrices(NamedTuple):
         return (x if self.part is None else self.part(x)).reshape(shape)
 
 
-def muon_update(
-    gradient: Tensor,
-    momentum: Tensor,
-    *,
-    matrices: Matrices = Matrices(),
-    **settings: Any,  # noqa: B008 (immutable)
-) -> Tensor:
-    """`muon_updates` of one tensor."""
-    return muon_updates([gradient], [momentum], [matrices], **settings)[0]
+def muon_update(gradient: Tensor, momentum: Tensor, *, matrices: Matrices | None = None, **settings: Any) -> Tensor:
+    """`muon_updates` of one tensor, whose last two dimensions are the matrix unless `matrices` says otherwise."""
+    return muon_updates([gradient], [momentum], [matrices or Matrices()], **settings)[0]
 
 
 def muon_updates(

@@ -65,7 +65,7 @@ def install_muon(groups: list[ParameterGroup], matrices: list[Matrices], config:
         is_expert_group: bool = False,
         num_heads: Matrices | None = None,
     ) -> Tensor:
-        return muon_update(grad, momentum, matrices=num_heads or Matrices(), **muon_settings(config))
+        return muon_update(grad, momentum, matrices=num_heads, **muon_settings(config))
 
     original_muon.muon_update = update
     muon_optimizer.muon_update = update

@@ -159,6 +159,8 @@ class FlatGradients(_ShardedGradients):
     ) -> object:
         group = kwargs["param_group_idx"]
         frozen = group in self._frozen
+        if self._use_muon[group] and not tensor_list:
+            self._squares[group] = _sum_of_squares([])
         if frozen or not tensor_list or not self._use_muon[group]:  # no tensors give zeros
             return self._original([] if frozen else tensor_list, first_offset, partition_size, *args, **kwargs)
         updates = self._muon_updates(group, int(partition_size))
