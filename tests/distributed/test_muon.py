@@ -157,8 +157,7 @@ def test_work_and_momentum_are_shared_out(run, world, stage):
         assert max(rank["work"] for rank in ranks) < 0.7 * work
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_parts_of_a_tensor_become_parts_of_the_whole_update(run, world):
+def test_parts_of_a_tensor_become_parts_of_the_whole_update(run):
     """Tensor parallelism, with heads and groups apart and whole."""
     for name, dim in TENSOR_CUTS:
         for option in (False, True):
@@ -167,7 +166,7 @@ def test_parts_of_a_tensor_become_parts_of_the_whole_update(run, world):
             gradient = gradients(name, 0).mean(0)
             settings = {"beta": 0.95, "update_rms": 0.18, "steps": (8, 2)}
             whole = muon_update(gradient, torch.zeros_like(gradient), matrices=of, **settings)
-            found = torch.cat([rank["tensor"][f"{name} {dim} {option}"] for rank in run(world)], dim)
+            found = torch.cat([rank["tensor"][f"{name} {dim} {option}"] for rank in run(2)], dim)
             assert relative(found, whole) < 1e-5, (name, option)
     assert relative(single("query_up", True)[0], single("query_up", False)[0]) > 0.1
     assert relative(single("output_down", True)[0], single("output_down", False)[0]) > 0.1
