@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from v4train.data import DataConfig, TokenizerConfig, check_data
 from v4train.errors import ConfigError
+from v4train.evaluation.config import EvaluationConfig
 from v4train.model import ModelConfig, model_config
 from v4train.model.compiled import cpp_compiler
 from v4train.model.rules import ATTENTION_MODES, RECOMPUTE_LEVELS
@@ -63,6 +64,7 @@ class TrainConfig:
     layers_every: int
     validate_every: int
     validation_tokens: int
+    evaluate_every: int
     sample_prompt: str
     sample_tokens: int
     sample_temperature: float
@@ -100,6 +102,7 @@ class Settings:
     schedule: ScheduleConfig
     parallelism: ParallelismConfig
     checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
     tracking: TrackingConfig
     topology: Topology
     resolved: dict[str, Any]
@@ -144,10 +147,12 @@ def settings(config: DictConfig) -> Settings:
         schedule=structured(ScheduleConfig, resolved["schedule"], "schedule"),
         parallelism=parallelism,
         checkpoint=structured(CheckpointConfig, resolved["checkpoint"], "checkpoint"),
+        evaluation=structured(EvaluationConfig, resolved["evaluation"], "evaluation"),
         tracking=structured(TrackingConfig, resolved["tracking"], "tracking"),
         topology=make_topology(parallelism, checked_device(device)),
         resolved=resolved,
     )
+    made.optimizer.resolve_dtype(precision)
     if made.compile and made.topology.sizes.tensor > 1:
         rule = "what is compiled holds no collectives"
         raise ConfigError("compile", True, rule, "use compile=false with parallelism.tensor")
@@ -195,8 +200,8 @@ def _check_train(train: TrainConfig, data_size: int) -> None:
     for key in ("global_batch_size", "sequence_length", "log_every"):
         if getattr(train, key) < 1:
             refuse(key, "it must be at least 1", "choose a positive number")
-    free = ("validate_every", "layers_every", "validation_tokens", "grad_clip", "sample_tokens", "sample_temperature")
-    for key in (*free, "hang_timeout"):
+    free = ("validate_every", "evaluate_every", "layers_every", "validation_tokens", "grad_clip")
+    for key in (*free, "sample_tokens", "sample_temperature", "hang_timeout"):
         if not getattr(train, key) >= 0:  # NaN too
             refuse(key, "it can't be negative", "use 0 to switch it off")
     for key in ("max_steps", "max_tokens", "stop_at_step", "micro_batch_size"):

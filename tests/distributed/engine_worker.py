@@ -125,7 +125,7 @@ def batch(step: int) -> tuple[Tensor, Tensor, bool]:
 
 
 def optimizer_config(name: str) -> OptimizerConfig:
-    return OptimizerConfig(name, LEARNING_RATE, (0.9, 0.95), 1e-20, 0.1, 0.95, 0.18, (8, 2), "float32")
+    return OptimizerConfig(name, LEARNING_RATE, (0.9, 0.95), 1e-20, 0.1, 0.95, 0.18, (8, 2), "float32", False, True)
 
 
 def train_plainly(
@@ -193,14 +193,14 @@ def run_job(job: dict, topology: object) -> dict:
     injection (a key of INJECTIONS), rates (learning rates by group), misuse (make the calls that must fail), phases
     (run and freeze as PHASES says, and keep the state after each step).
     """
-    from v4train.parallel import deepspeed_fixes
+    from v4train.optim import muon
     from v4train.parallel.engine import Engine
     from v4train.parallel.sizes import ParallelismConfig
 
     extra = {"zero_optimization": {"stage3_param_persistence_threshold": job.get("persistence", 0)}}
     calls = []
-    original = deepspeed_fixes.muon_update
-    deepspeed_fixes.muon_update = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    original = muon.newton_schulz
+    muon.newton_schulz = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
     model = make_model()
     accumulation = job["accumulation"]
     engine = Engine(
@@ -257,7 +257,7 @@ def run_job(job: dict, topology: object) -> dict:
     result["muon_calls"] = len(calls)
     if job.get("misuse"):
         result["errors"] = misuse(engine, part)
-    deepspeed_fixes.muon_update = original
+    muon.newton_schulz = original
     return result
 
 

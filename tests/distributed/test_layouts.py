@@ -115,6 +115,17 @@ def test_losses_are_those_of_one_process(layout, optimizer):
     assert validated[0]["val_tokens"] == validated[1]["val_tokens"]
 
 
+@pytest.mark.exhaustive
+def test_heads_apart_and_groups_joined_train_the_same_in_tensor_parallelism(base):
+    """The options of what is one matrix; the updates themselves are held in test_muon.py."""
+    options = ["optimizer=muon", "optimizer.per_head=true", "optimizer.per_group=false"]
+    train(base, 1, {"heads_single": [*options, "parallelism=zero0"]})
+    train(base, 2, {"heads_tensor": [*options, "parallelism=tensor", "parallelism.zero_stage=2"]})
+    expected = losses(base, "heads_single")
+    assert losses(base, "heads_tensor") == pytest.approx(expected, abs=LOSS["muon"], rel=0)
+    assert abs(losses(base, "reference_muon")[-1] - expected[-1]) > 5 * LOSS["muon"]
+
+
 def test_a_tied_model_comes_back_from_its_checkpoint(base):
     path = base / "reference_mixed" / "checkpoints" / f"step_{STEPS:08d}"
     model = load_model(path)

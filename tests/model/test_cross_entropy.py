@@ -91,3 +91,16 @@ def test_bf16_autocast_is_close_and_keeps_fp32_sums():
     for mine, other in zip(gradients(ours, x, weight), gradients(theirs, x, weight), strict=True):
         assert mine.dtype == torch.float32
         assert (mine - other).norm() / other.norm() < 0.02
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 1000])
+def test_losses_of_each_target(monkeypatch, chunk_rows):
+    generator = torch.Generator().manual_seed(11)
+    x, weight = torch.randn(10, 6, generator=generator), torch.randn(13, 6, generator=generator)
+    targets = torch.randint(13, (10,), generator=generator)
+    logits = x @ weight.T
+    targets[4], targets[7] = -100, logits[7].argmax()
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 13 * chunk_rows)
+    nats, likeliest = cross_entropy.token_losses(x, weight, targets)
+    torch.testing.assert_close(nats, F.cross_entropy(logits, targets, reduction="none", ignore_index=-100))
+    assert likeliest.tolist() == (logits.argmax(-1) == targets).tolist() and likeliest[7] and not likeliest[4]

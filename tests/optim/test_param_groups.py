@@ -1,13 +1,17 @@
 """Which optimizer gets which parameter."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from tests.shipped import shipped
+from v4train.config import load, settings
 from v4train.errors import ConfigError
+from v4train.model import build_model
 from v4train.optim.config import OptimizerConfig
-from v4train.optim.param_groups import param_groups, parameter_counts
+from v4train.optim.param_groups import is_muon_parameter, param_groups, parameter_counts
 
 
 def optimizer(preset, **overrides):
@@ -44,11 +48,43 @@ def test_muon_holds_matrices_and_adamw_the_rest():
         "adamw": ["position_bias", "sink", "embed_tokens.weight", "lm_head.weight", "norm.weight", "projection.bias"],
         "adamw_indexer": ["indexer.bias"],
     }
-    assert {group.name: group.independent_rows for group in groups}["muon_rows_4_4_16"] == (4, 4, 16)
+    assert {group.name: group.rows for group in groups}["muon_rows_4_4_16"] == (4, 4, 16)
     assert [group.name for group in groups if group.indexer] == ["muon_indexer", "adamw_indexer"]
     # experts, projection, fused, indexer; the rest: embedding, head, norm, two biases, position bias, sink
     expected = {"muon": 120 + 24 + 96 + 12, "adamw": 44 + 44 + 4 + 6 + 3 + 32 + 2}
     assert parameter_counts(model, groups, config) == expected
+
+
+def test_heads_and_groups_are_matrices_where_the_options_say_so():
+    model = Model()
+    model.projection.weight.head_rows, model.experts.grouped = 3, True
+    by_option = {}
+    for per_head in (False, True):
+        for per_group in (False, True):
+            groups = param_groups(model, optimizer("muon", per_head=per_head, per_group=per_group))
+            held = {name: group for group in groups for name in group.parameters}
+            of_head, of_group = held["projection.weight"], held["experts"]
+            assert (of_head.rows, of_head.joined) == (3 if per_head else None, False)
+            assert (of_group.rows, of_group.joined) == (None, not per_group)
+            by_option[per_head, per_group] = sorted(group.name for group in groups if group.use_muon)
+    others = ["muon_indexer", "muon_rows_4_4_16"]
+    assert by_option[False, True] == ["muon", *others]
+    assert by_option[True, False] == ["muon_heads_3", "muon_indexer", "muon_joined", "muon_rows_4_4_16"]
+
+
+@pytest.mark.parametrize("preset", ["flash", "pro", "v3", "v32", "gpt_oss", "dense_small", "flash_small"])
+def test_of_the_shipped_models_adamw_has_no_matrix_but_embedding_and_head(preset):
+    """Stacks of biases and the compressors' position biases have two dimensions and are no matrices."""
+    with torch.device("meta"):
+        model = build_model(load([f"model={preset}"]).model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    with_adamw = {name for name, parameter in model.named_parameters() if not is_muon_parameter(name, parameter)}
+    own = {name for name in with_adamw if len(shapes[name]) > 1}
+    tables = {"embedding.lookup.weight", "head.lm_head.weight"} & shapes.keys()
+    assert own == tables | {name for name in shapes if re.search(r"(position_bias|gate_up_bias|down_bias)$", name)}
+    rest = {name.split(".")[-1] for name in with_adamw - own}
+    assert rest <= {"weight", "bias", "sink", "gates", "static_bias", "logit_bias"}
+    assert all("norm" in name for name in with_adamw - own if name.endswith(".weight"))
 
 
 def test_adamw_holds_everything():
@@ -92,6 +128,10 @@ def test_bad_models_are_refused():
     with pytest.raises(ValueError, match="fused: independent_rows"):
         param_groups(model, optimizer("muon"))
     model = Model()
+    model.projection.weight.head_rows = 4
+    with pytest.raises(ValueError, match="projection.weight: heads of 4 rows"):
+        param_groups(model, optimizer("muon"))
+    model = Model()
     model.sink.requires_grad_(False)
     with pytest.raises(ValueError, match="sink does not require a gradient"):
         param_groups(model, optimizer("adamw"))
@@ -101,6 +141,21 @@ def test_bad_models_are_refused():
 def test_bad_values_are_refused(override):
     with pytest.raises(ConfigError, match=f"optimizer.{next(iter(override))}="):
         optimizer("muon", **override)
+
+
+def test_muon_multiplies_in_bfloat16_only_with_that_precision():
+    for precision, given, expected in [
+        ("fp32", "auto", "float32"),
+        ("bf16", "auto", "bfloat16"),
+        ("bf16", "float32", "float32"),
+        ("bf16", "bfloat16", "bfloat16"),
+    ]:
+        config = optimizer("muon", newton_schulz_dtype=given)
+        config.resolve_dtype(precision)
+        assert config.newton_schulz_dtype == expected
+    with pytest.raises(ConfigError, match="optimizer.newton_schulz_dtype=bfloat16: precision=fp32"):
+        settings(load(["model=flash_small", "optimizer.newton_schulz_dtype=bfloat16"]))
+    assert settings(load(["model=flash_small"])).optimizer.newton_schulz_dtype == "float32"
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

@@ -1,5 +1,7 @@
 """Cross-entropy from hidden states without ever holding all logits: gradients are made chunk by chunk in forward."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -9,6 +11,13 @@ from v4train.model.precision import full, full_dtype
 from v4train.model.seams import Vocabulary
 
 WHOLE = Vocabulary()
+
+
+class TokenLosses(NamedTuple):
+    """Of each target: its loss in nats (fp32, 0 where ignored), and whether it is the likeliest token."""
+
+    nats: Tensor
+    likeliest: Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -80,3 +89,21 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocabulary:
         x, weight = x.detach(), weight.detach()
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(x, weight, targets, dtype, vocabulary)
+
+
+@torch.no_grad()
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary = WHOLE) -> TokenLosses:
+    """-log softmax(x weight^T)[target] of each row [T]; arguments as of `linear_cross_entropy`, without gradient."""
+    nats, likeliest = full(x.new_zeros(len(x))), torch.zeros_like(targets, dtype=torch.bool)
+    rows = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
+    for begin in range(0, len(x), rows):
+        logits, target = full(x[begin : begin + rows] @ weight.mT), targets[begin : begin + rows]
+        valid, row = target != -100, target - vocabulary.index * len(weight)
+        here = valid & (row >= 0) & (row < len(weight))
+        chosen = logits.gather(-1, torch.where(here, row, 0)[:, None])[:, 0]
+        chosen = vocabulary.reduce(torch.where(here, chosen, 0))
+        normaliser = vocabulary.join(logits.logsumexp(-1))
+        top = vocabulary.gather(logits.amax(-1, keepdim=True)).amax(-1)
+        nats[begin : begin + rows] = torch.where(valid, normaliser - chosen, 0)
+        likeliest[begin : begin + rows] = valid & (chosen >= top)
+    return TokenLosses(nats, likeliest)

@@ -27,6 +27,7 @@ class GroupedLinear(nn.Module):
     def __init__(self, groups: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, out_features, in_features))
+        self.weight.grouped = True  # to the optimizer: a matrix a group, or all of them one
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = product_dtype(x)

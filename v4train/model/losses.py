@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from v4train.model.cross_entropy import TokenLosses
+
 
 class _Attach(torch.autograd.Function):
     @staticmethod
@@ -54,6 +56,7 @@ class Losses:
         self.scale: float = 1.0
         self.denominators: dict[str, Tensor | float] = {}
         self.shares: dict[str, tuple[Tensor, Tensor]] = {}
+        self.tokens: list[TokenLosses] | None = None  # a list inside `each_token`
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._shares: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._silent = False
@@ -67,6 +70,15 @@ class Losses:
             yield
         finally:
             self._silent = False
+
+    @contextmanager
+    def each_token(self) -> Iterator[list[TokenLosses]]:
+        """Inside, the head also keeps the loss of every target [B, S], in the list that this gives: evaluation."""
+        self.tokens = []
+        try:
+            yield self.tokens
+        finally:
+            self.tokens = None
 
     @contextmanager
     def indexers_only(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from v4train.errors import ConfigError
 
 OPTIMIZERS = ("muon", "adamw")
+NEWTON_SCHULZ_DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass
@@ -19,7 +20,9 @@ class OptimizerConfig:
     momentum: float
     update_rms: float
     newton_schulz_steps: tuple[int, int]
-    newton_schulz_dtype: str  # float32 | bfloat16
+    newton_schulz_dtype: str  # float32 | bfloat16 | auto, which `resolve_dtype` replaces
+    per_head: bool
+    per_group: bool
 
     def __post_init__(self) -> None:
         self.betas = tuple(self.betas)
@@ -27,10 +30,17 @@ class OptimizerConfig:
         if self.name not in OPTIMIZERS:
             raise ConfigError("optimizer.name", self.name, "unknown optimizer", f"use one of {', '.join(OPTIMIZERS)}")
         self._check_ranges()
-        if self.newton_schulz_dtype not in ("float32", "bfloat16"):
-            raise ConfigError(
-                "optimizer.newton_schulz_dtype", self.newton_schulz_dtype, "unknown type", "use float32 or bfloat16"
-            )
+        if self.newton_schulz_dtype not in NEWTON_SCHULZ_DTYPES:
+            remedy = f"use one of {', '.join(NEWTON_SCHULZ_DTYPES)}"
+            raise ConfigError("optimizer.newton_schulz_dtype", self.newton_schulz_dtype, "unknown type", remedy)
+
+    def resolve_dtype(self, precision: str) -> None:
+        """Put what `auto` means with this precision in its place. Raises ConfigError for bfloat16 in an fp32 run."""
+        if self.newton_schulz_dtype == "auto":
+            self.newton_schulz_dtype = "bfloat16" if precision == "bf16" else "float32"
+        elif self.newton_schulz_dtype == "bfloat16" and precision != "bf16":
+            rule = f"precision={precision}, and Muon multiplies in bfloat16 only with precision=bf16"
+            raise ConfigError("optimizer.newton_schulz_dtype", "bfloat16", rule, "use auto, or precision=bf16")
 
     def _check_ranges(self) -> None:
         """Written as `not ...`, so that NaN is refused too."""

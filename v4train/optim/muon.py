@@ -7,8 +7,9 @@ Shape legend: `...` batch of matrices, `n` rows, `m` columns.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 # about [0.7, 1.2] as fast as possible, the second has the fixed point 1 with derivative 0 and brings them to 1.
 FAST = (3.4445, -4.7750, 2.0315)
 EXACT = (2.0, -1.5, 0.5)
+BATCH = 1 << 24  # elements that go through the iteration together: more make no product faster, and need memory
 
 
 def newton_schulz(matrices: Tensor, steps: tuple[int, int] = (8, 2), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -44,40 +46,83 @@ def newton_schulz(matrices: Tensor, steps: tuple[int, int] = (8, 2), dtype: torc
 
 
 class Matrices(NamedTuple):
-    """What of a tensor is one matrix to Muon, beside its leading dimensions.
+    """What of a tensor is one matrix to Muon: by default its last two dimensions.
 
-    independent_rows: sizes of the matrices that are stacked along the rows (they sum to n), each orthogonalised and
-    scaled alone; None is one matrix. gather, part: where ranks have a part of each matrix, from that to the whole and
-    back.
+    rows: sizes of the matrices that are stacked along the rows `n`, each orthogonalised and scaled alone: a tuple that
+    sums to n, or one number where all have that size (heads). joined: the dimension before the matrix is rows too (the
+    groups of a projection as one matrix). gather, part: where ranks have a part of each matrix, from that to the whole
+    and back.
     """
 
-    independent_rows: Sequence[int] | None = None
+    rows: tuple[int, ...] | int | None = None
+    joined: bool = False
     gather: Callable[[Tensor], Tensor] | None = None
     part: Callable[[Tensor], Tensor] | None = None
 
+    def apart(self, tensor: Tensor) -> list[Tensor]:
+        """Its matrices, stacks [b, n, m] of whole ones."""
+        x = tensor.flatten(-3, -2) if self.joined else tensor
+        x = x if self.gather is None else self.gather(x)
+        if isinstance(self.rows, int):
+            return [x.reshape(-1, self.rows, x.shape[-1])]
+        parts = [x] if self.rows is None else x.split(self.rows, dim=-2)
+        return [part.reshape(-1, *part.shape[-2:]) for part in parts]
 
-def muon_update(
-    gradient: Tensor,
-    momentum: Tensor,
+    def together(self, stacks: list[Tensor], shape: torch.Size) -> Tensor:
+        """A tensor of this shape from what `apart` makes of one."""
+        leading = shape[:-3] if self.joined else shape[:-2]
+        parts = [stack.reshape(*leading, -1, stack.shape[-1]) for stack in stacks]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+        return (x if self.part is None else self.part(x)).reshape(shape)
+
+
+def muon_update(gradient: Tensor, momentum: Tensor, *, matrices: Matrices | None = None, **settings: Any) -> Tensor:
+    """`muon_updates` of one tensor, whose last two dimensions are the matrix unless `matrices` says otherwise."""
+    return muon_updates([gradient], [momentum], [matrices or Matrices()], **settings)[0]
+
+
+def muon_updates(
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    matrices: Sequence[Matrices],
     *,
     beta: float,
     update_rms: float,
     steps: tuple[int, int],
-    matrices: Matrices = Matrices(),  # noqa: B008 (immutable)
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """One Muon update O `[..., n, m]`; the caller applies W <- W (1 - lr * weight_decay) - lr * O.
+) -> list[Tensor]:
+    """Muon updates O `[..., n, m]`, one a tensor; the caller applies W <- W (1 - lr * weight_decay) - lr * O.
 
-    gradient, momentum: `[..., n, m]`; `momentum` is changed in place to M = beta M + G, `gradient` is left alone.
+    gradients, momenta: `[..., n, m]`; each momentum is changed in place to M = beta M + G, gradients are left alone.
     O = NewtonSchulz(beta M + G) * sqrt(max(n, m)) * update_rms, so a full-rank update has that root mean square.
+    Matrices of equal shape, of any tensor, go through the iteration together, about BATCH elements at a time.
     """
-    momentum.mul_(beta).add_(gradient)
-    nesterov = torch.add(gradient, momentum, alpha=beta)
-    if matrices.gather is not None:
-        nesterov = matrices.gather(nesterov)
-    updates = []
-    for matrix in nesterov.split(list(matrices.independent_rows or nesterov.shape[-2:-1]), dim=-2):
-        scale = math.sqrt(max(matrix.shape[-2:])) * update_rms
-        updates.append(newton_schulz(matrix, steps, dtype) * scale)
-    update = updates[0] if len(updates) == 1 else torch.cat(updates, dim=-2)
-    return update if matrices.part is None else matrices.part(update)
+    stacks: list[list[Tensor]] = []
+    for gradient, momentum, of in zip(gradients, momenta, matrices, strict=True):
+        momentum.mul_(beta).add_(gradient)
+        stacks.append(of.apart(torch.add(gradient, momentum, alpha=beta)))
+    by_shape: dict[torch.Size, list[tuple[int, int]]] = defaultdict(list)
+    for i, own in enumerate(stacks):
+        for j, stack in enumerate(own):
+            by_shape[stack.shape[1:]].append((i, j))
+    for (rows, columns), places in by_shape.items():
+        scale = math.sqrt(max(rows, columns)) * update_rms
+        for batch in _batches(places, [stacks[i][j].numel() for i, j in places]):
+            chosen = [stacks[i][j] for i, j in batch]
+            results = newton_schulz(chosen[0] if len(chosen) == 1 else torch.cat(chosen), steps, dtype).mul_(scale)
+            for (i, j), result in zip(batch, results.split([len(stack) for stack in chosen]), strict=True):
+                stacks[i][j] = result
+    parts = zip(matrices, stacks, gradients, strict=True)
+    return [of.together(own, gradient.shape) for of, own, gradient in parts]
+
+
+def _batches(places: list, sizes: list[int]) -> Iterator[list]:
+    """Neighbours together while their sizes sum to BATCH at most."""
+    batch, total = [], 0
+    for place, size in zip(places, sizes, strict=True):
+        if batch and total + size > BATCH:
+            yield batch
+            batch, total = [], 0
+        batch.append(place)
+        total += size
+    yield batch

@@ -16,9 +16,10 @@ class ParameterGroup:
     Nothing here holds a number of elements: ZeRO 3 empties the parameters.
     """
 
-    name: str  # unique, e.g. "muon", "muon_rows_4_4_16", "adamw_indexer"
+    name: str  # unique, e.g. "muon", "muon_rows_4_4_16", "muon_heads_64", "adamw_indexer"
     use_muon: bool
-    independent_rows: tuple[int, ...] | None  # Muon: sizes of the matrices stacked along the rows; None is one matrix
+    rows: tuple[int, ...] | int | None  # Muon: of the matrices stacked along the rows (optim.muon.Matrices)
+    joined: bool  # Muon: the dimension before the matrix is rows too
     indexer: bool  # parameters of lightning indexers, which some phases train alone or freeze
     parts: tuple[tuple[str, int], ...]  # (axis, dimension counted from the end) along which ranks have parts of each
     parameters: dict[str, nn.Parameter]
@@ -42,25 +43,31 @@ def param_groups(
     config: OptimizerConfig,
     parts: Parts = MappingProxyType({}),
 ) -> list[ParameterGroup]:
-    """Split the model's parameters: one group for each optimizer, set of stacked rows, indexer or not, and how ranks
-    share the parameter out (`parts`, by name, as in `ParameterGroup`). Parameters on meta are other ranks'.
+    """Split the model's parameters: one group for each optimizer, way to see matrices in a tensor, indexer or not, and
+    how ranks share the parameter out (`parts`, by name, as in `ParameterGroup`). Parameters on meta are other ranks'.
+
+    What of a tensor is one matrix, modules note on their parameters: `independent_rows` are always matrices of their
+    own; `head_rows` (rows of each head) are with `config.per_head`; the leading dimension of `grouped` ones counts
+    matrices with `config.per_group`, else their rows are joined.
 
     Raises ValueError for a parameter without gradient (freeze groups with `Engine.freeze`: a state that exists on every
-    parameter is what makes phases and checkpoints simple) and for `independent_rows` that do not fit the shape.
+    parameter is what makes phases and checkpoints simple) and for rows that do not fit the shape.
     """
     groups: dict[str, ParameterGroup] = {}
     for name, parameter in local_parameters(model):
         if not parameter.requires_grad:
             raise ValueError(f"{name} does not require a gradient; freeze its group with Engine.freeze instead")
         use_muon = config.name == "muon" and is_muon_parameter(name, parameter)
-        rows = _independent_rows(name, parameter) if use_muon else None
+        rows = _rows(name, parameter, config.per_head) if use_muon else None
+        joined = use_muon and getattr(parameter, "grouped", False) and not config.per_group
         indexer = "indexer" in name
         words = ["muon" if use_muon else "adamw"]
-        words += ["rows", *map(str, rows)] if rows else []
+        words += ["heads", str(rows)] if isinstance(rows, int) else ["rows", *map(str, rows)] if rows else []
+        words += ["joined"] if joined else []
         words += ["indexer"] if indexer else []
         words += [f"{axis}{dim}" for axis, dim in parts.get(name, ())]
         key = "_".join(words)
-        group = groups.setdefault(key, ParameterGroup(key, use_muon, rows, indexer, parts.get(name, ()), {}))
+        group = groups.setdefault(key, ParameterGroup(key, use_muon, rows, joined, indexer, parts.get(name, ()), {}))
         group.parameters[name] = parameter
     return list(groups.values())
 
@@ -95,8 +102,12 @@ def local_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in every if not parameter.is_meta and not hasattr(parameter, COPIED))
 
 
-def _independent_rows(name: str, parameter: nn.Parameter) -> tuple[int, ...] | None:
-    rows = getattr(parameter, "independent_rows", None)
+def _rows(name: str, parameter: nn.Parameter, per_head: bool) -> tuple[int, ...] | int | None:
+    rows, of_head = getattr(parameter, "independent_rows", None), getattr(parameter, "head_rows", None)
     if rows is not None and sum(rows) != parameter.shape[-2]:
         raise ValueError(f"{name}: independent_rows {tuple(rows)} do not sum to the {parameter.shape[-2]} rows")
-    return None if rows is None else tuple(int(size) for size in rows)
+    if of_head is not None and parameter.shape[-2] % of_head:
+        raise ValueError(f"{name}: heads of {of_head} rows do not divide the {parameter.shape[-2]} rows")
+    if rows is not None:
+        return tuple(int(size) for size in rows)
+    return of_head if per_head else None

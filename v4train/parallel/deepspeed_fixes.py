@@ -6,8 +6,6 @@ Imports DeepSpeed inside the functions: which accelerator it takes is decided on
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -45,11 +43,11 @@ def init_distributed(device: torch.device, timeout: timedelta) -> None:
 
 
 def install_muon(groups: list[ParameterGroup], matrices: list[Matrices], config: OptimizerConfig) -> None:
-    """Make DeepSpeed's ZeRO optimizers call our Muon update: theirs has other steps and scales, not configurable.
+    """Make DeepSpeed's ZeRO 3 call our Muon update: its own has other steps and scales, not configurable.
 
-    In ZeRO 1-3 the optimizer sees only flat shards, so ZeRO itself gathers each matrix and calls `muon_update`. The
-    call sites hand over `param.muon_num_heads` untouched, which carries what of the tensor is a matrix; but for one of
-    ZeRO 1-2, where a partition is padded: `expecting` says it there.
+    There the optimizer sees only flat shards, so ZeRO itself gathers each tensor and calls `muon_update`, on one rank.
+    The call site hands over `param.muon_num_heads` untouched, which carries what of the tensor is a matrix. ZeRO 1-2
+    know by `param.use_muon` which groups are Muon's; the updates are made in gradients.py.
     """
     from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 
@@ -68,23 +66,10 @@ def install_muon(groups: list[ParameterGroup], matrices: list[Matrices], config:
         is_expert_group: bool = False,
         num_heads: Matrices | None = None,
     ) -> Tensor:
-        return muon_update(grad, momentum, matrices=num_heads or _expected[-1], **muon_settings(config))
+        return muon_update(grad, momentum, matrices=num_heads, **muon_settings(config))
 
     original_muon.muon_update = update
     muon_optimizer.muon_update = update
-
-
-_expected = [Matrices()]
-
-
-@contextmanager
-def expecting(matrices: Matrices) -> Iterator[None]:
-    """Inside, Muon updates that come without a word of what a matrix is are of these."""
-    _expected.append(matrices)
-    try:
-        yield
-    finally:
-        _expected.pop()
 
 
 def muon_settings(config: OptimizerConfig) -> dict:

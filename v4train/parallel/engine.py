@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from v4train.data import Batch
+from v4train.model.cross_entropy import TokenLosses
 from v4train.model.losses import Recorded
 from v4train.optim.config import OptimizerConfig
 from v4train.optim.param_groups import (
@@ -22,7 +23,13 @@ from v4train.optim.param_groups import (
     parameter_counts,
 )
 from v4train.parallel.deepspeed_config import deepspeed_config
-from v4train.parallel.deepspeed_fixes import LossFirst, Mpu, share_out_experts, sum_gradients_by_module
+from v4train.parallel.deepspeed_fixes import (
+    LossFirst,
+    Mpu,
+    muon_settings,
+    share_out_experts,
+    sum_gradients_by_module,
+)
 from v4train.parallel.gradients import gradients_of
 from v4train.parallel.groups import Groups, process_groups
 from v4train.parallel.layout import Layout
@@ -102,7 +109,8 @@ class Engine:
         )
         self._engine, zero, _, _ = self._initialize(deepspeed, config, groups)
         counted = {group.name for group in self.groups if self._counts(group, parallelism.zero_stage)}
-        self._gradients = gradients_of(parallelism.zero_stage, self._optimizer, zero, counted)
+        settings = muon_settings(optimizer_config)
+        self._gradients = gradients_of(parallelism.zero_stage, self._optimizer, zero, counted, settings)
         self._state = state_access(parallelism.zero_stage, self._optimizer, zero)
         self._ready = self._begun = False  # the last, the first micro-batch has been through `forward_backward`
 
@@ -186,6 +194,12 @@ class Engine:
     def validation_loss(self, batch: Batch) -> Tensor:
         """`lm_loss` of a batch, 0-dim; 0 where it is another rank's to know. The caller sets `model.eval()`."""
         return self.forward(batch.input_ids, batch.document_ids, batch.targets).losses["lm_loss"]
+
+    def token_losses(self, batch: Batch) -> TokenLosses | None:
+        """Of every target at hand, [B, S]; None where another rank knows them. The caller sets `model.eval()`."""
+        with self.model.losses.each_token() as found:
+            self.validation_loss(batch)
+        return found[0] if found else None
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Logits [B, S, V] of whole rows, the same on every rank. The caller sets `model.eval()`."""

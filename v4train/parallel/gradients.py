@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from v4train.optim.muon import Matrices
-from v4train.parallel.deepspeed_fixes import expecting
+from v4train.optim.muon import Matrices, muon_updates
+from v4train.parallel.flat_partitions import FlatPartitions, piece
 
 
 class Gradients(Protocol):
@@ -129,15 +129,17 @@ class _ShardedGradients:
 
 
 class FlatGradients(_ShardedGradients):
-    """ZeRO 1-2: at the last backward pass Muon has already replaced the gradients of its groups by updates.
+    """ZeRO 1-2: at the last backward pass Muon already replaces the gradients of its groups by updates.
 
-    Their squares are therefore taken just before, in `get_flat_partition`, over the slice of each whole gradient that
-    this rank owns. The momentum is not at risk: ZeRO commits it in `step`, unless the step is dropped. A frozen group
-    doesn't come that far: it gets no update, and no momentum to commit.
+    That is done here, in `get_flat_partition`, matrix by matrix (flat_partitions.py; DeepSpeed's own goes by tensors: a
+    stack of experts that several ranks have parts of would be all of theirs). Squares are taken just before, over the
+    part of each whole gradient that this rank owns. The momentum is not at risk: ZeRO commits it in `step`, unless the
+    step is dropped. A frozen group doesn't come that far: it gets no update, and no momentum to commit.
     """
 
-    def __init__(self, zero: object, groups: list[dict], counted: Collection[str]) -> None:
+    def __init__(self, zero: object, groups: list[dict], counted: Collection[str], muon_settings: dict) -> None:
         super().__init__(zero, groups, counted)
+        self._partitions, self._muon_settings = FlatPartitions(zero), muon_settings
         self._matrices = [group.get("matrices", Matrices()) for group in groups]
         self._squares: dict[int, Tensor] = {}
         self._norm = torch.zeros(())
@@ -152,28 +154,42 @@ class FlatGradients(_ShardedGradients):
             self._squares.pop(group, None)
             self._zero._muon_pending_momentum.pop(group, None)  # of a dropped step, say: `step` would commit it
 
-    def _get_flat_partition(self, tensor_list: list[Tensor], *args: object, **kwargs: object) -> object:
+    def _get_flat_partition(
+        self, tensor_list: list[Tensor], first_offset: int, partition_size: int, *args: object, **kwargs: object
+    ) -> object:
         group = kwargs["param_group_idx"]
-        if group in self._frozen:
-            return self._original([], *args, **kwargs)  # zeros, as for a rank that holds none of the group
-        if self._use_muon[group]:
-            self._squares[group] = _sum_of_squares(self._owned(group, tensor_list))
-        with expecting(self._matrices[group]):
-            return self._original(tensor_list, *args, **kwargs)
+        frozen = group in self._frozen
+        if self._use_muon[group] and not tensor_list:
+            self._squares[group] = _sum_of_squares([])
+        if frozen or not tensor_list or not self._use_muon[group]:  # no tensors give zeros
+            return self._original([] if frozen else tensor_list, first_offset, partition_size, *args, **kwargs)
+        updates = self._muon_updates(group, int(partition_size))
+        return [updates] if kwargs.get("return_tensor_list") else updates
+
+    def _muon_updates(self, group: int, size: int) -> Tensor:
+        """This rank's partition of a group, [size]; takes the squares of its gradients on the way."""
+        gradients, matrices = self._zero.all_grad_tensors[group], self._matrices[group]
+        own = self._partitions.own(group)
+        staged = self._partitions.staged_momentum(group, matrices, gradients[0])
+        self._squares[group] = _sum_of_squares(
+            gradient.reshape(-1)[place.in_whole] for (_, place), gradient in zip(own, gradients, strict=True)
+        )
+        pieces = [piece(parameter, place, matrices) for parameter, place in own]
+        momenta = [
+            flat.view(-1, *of.shape) for of, flat in zip(pieces, staged.split([of.size for of in pieces]), strict=True)
+        ]
+        whole = [of.of(gradient) for of, gradient in zip(pieces, gradients, strict=True)]
+        updates = muon_updates(whole, momenta, [of.matrices for of in pieces], **self._muon_settings)
+        partition = gradients[0].new_zeros(size)
+        for (_, place), of, update in zip(own, pieces, updates, strict=True):
+            first = place.in_whole.start - of.in_whole.start
+            partition[place.in_partition] = update.flatten()[first : first + place.size]
+        return partition
 
     def square_sums(self) -> tuple[float, float]:
         sums = super().square_sums()
         self._norm = torch.tensor(sums, dtype=torch.float64).sum().sqrt()
         return sums
-
-    def _owned(self, group: int, parameters: list[Tensor]) -> Iterator[Tensor]:
-        zero = self._zero
-        partition = dist.get_rank(group=zero.real_dp_process_group[group])
-        for parameter, gradient in zip(parameters, zero.all_grad_tensors[group], strict=True):
-            index = zero.get_param_id(parameter)
-            start = int(zero.grad_start_offset[group][partition][index])
-            room = int(zero.partition_size[group]) - int(zero.grad_partition_insertion_offset[group][partition][index])
-            yield gradient.reshape(-1)[start : start + room]
 
     def _muon_square_sum(self) -> Tensor:
         muon = [i for i, uses in enumerate(self._use_muon) if uses and i in self._counted and i not in self._frozen]
@@ -204,10 +220,13 @@ class PartitionedGradients(_ShardedGradients):
         self._zero.grad_partitions_flat_buffer.zero_()
 
 
-def gradients_of(stage: int, optimizer: torch.optim.Optimizer, zero: object, counted: Collection[str]) -> Gradients:
+def gradients_of(
+    stage: int, optimizer: torch.optim.Optimizer, zero: object, counted: Collection[str], muon_settings: dict
+) -> Gradients:
     """`optimizer` is ours, `zero` is what `deepspeed.initialize` made of it.
 
-    counted: names of the groups whose gradients this rank counts in the norms; the ranks together count each once.
+    muon_settings: of `muon_update`. counted: names of the groups whose gradients this rank counts in the norms; the
+    ranks together count each once.
     """
     if stage == 0:
         return WholeGradients(optimizer, counted)
@@ -215,4 +234,4 @@ def gradients_of(stage: int, optimizer: torch.optim.Optimizer, zero: object, cou
     if stage == 3:
         of_sub_groups = [groups[zero.sub_group_to_group_id[i]] for i in range(len(zero.fp16_groups))]
         return PartitionedGradients(zero, of_sub_groups, counted)
-    return FlatGradients(zero, groups, counted)
+    return FlatGradients(zero, groups, counted, muon_settings)

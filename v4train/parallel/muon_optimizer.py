@@ -5,7 +5,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
 from v4train.optim.config import OptimizerConfig
-from v4train.optim.muon import Matrices, muon_update
+from v4train.optim.muon import Matrices, muon_updates
 from v4train.optim.param_groups import ParameterGroup
 from v4train.parallel.collectives import gathered
 from v4train.parallel.deepspeed_fixes import install_muon, muon_settings
@@ -27,25 +27,29 @@ class MuonWithAdamW(MuonWithAuxAdam):
         """One update. ZeRO calls this once per group, with only that group in `param_groups`."""
         for group in self.param_groups:
             if group["use_muon"]:
-                for parameter in group["params"]:
-                    self._muon_step(parameter, group)
+                self._muon_step(group)
         if self.aux_optimizer is None:  # a model of matrices only
             return
         self.aux_optimizer.param_groups = [group for group in self.param_groups if not group["use_muon"]]
         self.aux_optimizer.state = self.state
         self.aux_optimizer.step()
 
-    def _muon_step(self, parameter: torch.Tensor, group: dict) -> None:
-        update = parameter.grad
-        if update is None:
-            return
-        if parameter.ndim >= 2:  # stage 0; a flat shard of ZeRO 1-3 carries an update that is already orthogonalised
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            update = muon_update(update, state["momentum_buffer"], matrices=group["matrices"], **self._muon_settings)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"])
+    def _muon_step(self, group: dict) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        updates = [parameter.grad for parameter in parameters]
+        # Stage 0; a flat shard of ZeRO 1-3 carries an update that is already orthogonalised
+        if parameters and parameters[0].ndim >= 2:
+            momenta = [self._momentum(parameter) for parameter in parameters]
+            updates = muon_updates(updates, momenta, [group["matrices"]] * len(parameters), **self._muon_settings)
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update, alpha=-group["lr"])
+
+    def _momentum(self, parameter: torch.Tensor) -> torch.Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
 
 def build_optimizer(
@@ -67,13 +71,16 @@ def build_optimizer(
 
 
 def matrices_of(group: ParameterGroup, tensor_group: dist.ProcessGroup | None) -> Matrices:
-    """What Muon has to gather: parts of a matrix, its last two dimensions, and not parts of a stack."""
-    dims = [dim for axis, dim in group.parts if axis == "tensor" and dim >= -2]
+    """What Muon has to gather: parts of a matrix, its last two dimensions, and not parts of a stack or whole heads."""
+    dims = [dim for axis, dim in group.parts if axis == "tensor"]
+    dims = [-2 if group.joined and dim == -3 else dim for dim in dims]
+    dims = [dim for dim in dims if dim == -1 or dim == -2 and not isinstance(group.rows, int)]
     if not dims:
-        return Matrices(group.independent_rows)
+        return Matrices(group.rows, group.joined)
     rank, ranks = dist.get_rank(tensor_group), dist.get_world_size(tensor_group)
     return Matrices(
-        group.independent_rows,
+        group.rows,
+        group.joined,
         gather=lambda x: gathered(x, dims[0], tensor_group),
         part=lambda x: x.chunk(ranks, dims[0])[rank].contiguous(),
     )

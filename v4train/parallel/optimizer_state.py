@@ -1,19 +1,22 @@
 """Weights and optimizer state of one parameter at a time, in float32, in and out of every ZeRO stage.
 
 `deepspeed.utils.safe_get_full_*` and `safe_set_full_*` (0.19.8) cannot do it: at stage 0 they have no float32 weight,
-in ZeRO 1-2 they know no state before the first step and nothing of Muon's momentum (which holds whole tensors, not
+in ZeRO 1-2 they know no state before the first step and nothing of Muon's momentum (which holds whole matrices, not
 slices), and in ZeRO 3 setting fails on a tensor whose size is no multiple of the ranks. So this file goes to the flat
 buffers.
 
 All tensors are flat inside. Each rank gives what it holds itself, so that saving needs no collective.
 """
 
-from collections.abc import Iterator
+import math
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from v4train.optim.muon import Matrices
+from v4train.parallel.flat_partitions import FlatPartitions, Piece, Place, piece
 
 WEIGHT = "weight"
 MUON_KEYS = ("momentum_buffer",)
@@ -90,45 +93,36 @@ class WholeState:
 class FlatState:
     """ZeRO 1-2: each group is one flat buffer, cut into equal partitions, one a rank; tensors straddle the cuts.
 
-    Muon's momentum is the exception: each rank holds whole momenta, one after another, of every tensor that touches its
-    partition, so a straddling tensor's momentum exists on several ranks.
+    Muon's momentum is the exception: each rank holds whole matrices, one after another, of all that touch its partition
+    (flat_partitions.py), so the momentum of a straddling matrix exists on several ranks.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, zero: object) -> None:
-        self._optimizer, self._zero = optimizer, zero
-        self._own: dict[nn.Parameter, tuple[int, slice] | None] = {}  # what `_held` has found
-        self._place: dict[nn.Parameter, tuple[int, int]] = {}  # group, offset in the group's flat buffer
-        for group, parameters in enumerate(zero.round_robin_bit16_groups):
-            for parameter, offset in zip(parameters, zero.round_robin_bit16_offsets[group], strict=True):
-                self._place[parameter] = (group, int(offset))
+        self._optimizer, self._zero, self._partitions = optimizer, zero, FlatPartitions(zero)
+        self._own: dict[nn.Parameter, Place | None] = {}  # what `_held` has found
+        self._of_muon: dict[int, dict[nn.Parameter, tuple[Piece, int]]] = {}  # by group, what `_momentum` has
 
     def holder(self, parameter: nn.Parameter) -> Tensor:
-        return self._zero.single_partition_of_fp32_groups[self._place[parameter][0]]
+        return self._zero.single_partition_of_fp32_groups[self._partitions.group(parameter)]
 
-    def _slices(self, parameter: nn.Parameter) -> Iterator[tuple[int, slice, slice]]:
-        """(rank, slice of the whole flat parameter, slice of that rank's partition)"""
-        group, offset = self._place[parameter]
-        size = int(self._zero.partition_size[group])
-        end = offset + parameter.numel()
-        for rank in range(offset // size, (end - 1) // size + 1):
-            first, last = max(offset, rank * size), min(end, (rank + 1) * size)
-            yield rank, slice(first - offset, last - offset), slice(first - rank * size, last - rank * size)
+    def _matrices(self, group: int) -> Matrices:
+        return self._optimizer.param_groups[group]["matrices"]
 
-    def _momentum(self, parameter: nn.Parameter, create: bool) -> Tensor | None:
-        """This rank's whole momentum of the parameter; None if it holds none."""
-        group, _ = self._place[parameter]
-        held = self._zero.params_in_partition[group]
-        before = [other is parameter for other in held]
-        if not any(before):
+    def _momentum(self, parameter: nn.Parameter) -> tuple[Piece, Tensor] | None:
+        """This rank's matrices of the parameter and their momentum, flat; None if it holds none."""
+        group = self._partitions.group(parameter)
+        matrices = self._matrices(group)
+        if group not in self._of_muon:
+            own, first = {}, 0
+            for other, place in self._partitions.own(group):
+                of = piece(other, place, matrices)
+                own[other] = of, first
+                first += of.size
+            self._of_muon[group] = own
+        if parameter not in self._of_muon[group]:
             return None
-        state = self._optimizer.state[self.holder(parameter)]
-        if "momentum_buffer" not in state:
-            if not create:
-                return torch.zeros(parameter.numel(), device=self.holder(parameter).device)
-            total = sum(other.numel() for other in held)
-            state["momentum_buffer"] = torch.zeros(total, device=self.holder(parameter).device)
-        start = sum(other.numel() for other in held[: before.index(True)])
-        return state["momentum_buffer"].narrow(0, start, parameter.numel())
+        of, first = self._of_muon[group][parameter]
+        return of, self._partitions.momentum(group, matrices, self.holder(parameter)).narrow(0, first, of.size)
 
     def _partition(self, parameter: nn.Parameter, key: str, create: bool) -> Tensor | None:
         holder = self.holder(parameter)
@@ -141,37 +135,33 @@ class FlatState:
         held = self._held(parameter)
         if held is None:
             return []
-        begin, in_partition = held
-        if key in MUON_KEYS:  # the first that holds a part of it
-            return [] if begin else [(0, self._momentum(parameter, create=False))]
+        if key in MUON_KEYS:
+            matrices, values = self._momentum(parameter)
+            unit = math.prod(matrices.shape)
+            begin = -(-held.in_whole.start // unit) * unit  # a matrix that straddles is the first one's to save
+            return [(begin, values[begin - matrices.in_whole.start :])] if begin < matrices.in_whole.stop else []
         local = self._partition(parameter, key, create=False)
         if local is None:
-            return [(begin, torch.zeros(in_partition.stop - in_partition.start, device=self.holder(parameter).device))]
-        return [(begin, local[in_partition])]
+            return [(held.in_whole.start, torch.zeros(held.size, device=self.holder(parameter).device))]
+        return [(held.in_whole.start, local[held.in_partition])]
 
-    def _held(self, parameter: nn.Parameter) -> tuple[int, slice] | None:
-        """Where in the flat parameter this rank's range begins, and where it lies in the partition; None for none."""
+    def _held(self, parameter: nn.Parameter) -> Place | None:
+        """This rank's range of the parameter; None for none."""
         if parameter not in self._own:
-            me = dist.get_rank(group=self._zero.real_dp_process_group[self._place[parameter][0]])
-            own = [(in_whole.start, there) for rank, in_whole, there in self._slices(parameter) if rank == me]
-            self._own[parameter] = own[0] if own else None
+            me = dist.get_rank(group=self._partitions.processes(self._partitions.group(parameter)))
+            self._own[parameter] = dict(self._partitions.places(parameter)).get(me)
         return self._own[parameter]
 
-    def holds(self, parameter: nn.Parameter) -> bool:
-        return self._held(parameter) is not None
-
     def set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        group, _ = self._place[parameter]
-        me = dist.get_rank(group=self._zero.real_dp_process_group[group])
         if key in MUON_KEYS:
-            momentum = self._momentum(parameter, create=True)
-            if momentum is not None:
-                momentum.copy_(value)
+            if (own := self._momentum(parameter)) is not None:
+                own[1].copy_(value[own[0].in_whole])
             return
+        me = dist.get_rank(group=self._partitions.processes(self._partitions.group(parameter)))
         local = self._partition(parameter, key, create=True)
-        for rank, in_whole, in_partition in self._slices(parameter):
+        for rank, place in self._partitions.places(parameter):
             if me == rank:
-                local[in_partition] = value[in_whole].to(local)
+                local[place.in_partition] = value[place.in_whole].to(local)
 
     def finish(self) -> None:
         self._zero.update_lp_params()

@@ -38,6 +38,7 @@ from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
 from v4train.train.checkpoint_writer import CheckpointWriter
 from v4train.train.distributed import all_max, all_sum, all_sum_tensor, gathered
+from v4train.train.evaluation import Evaluation
 from v4train.train.hang_watch import HangWatch
 from v4train.train.heartbeat import Heartbeat
 from v4train.train.layer_statistics import LayerStatistics
@@ -99,6 +100,7 @@ class Trainer:
         self.interrupted = self.dry = False  # dry: the data have ended
         self._write_failed = self._retry = False  # agreed on by all ranks at the last step
         self.validation: dict[str, float] = {}
+        self.evaluation = Evaluation(settings, engine, corpus, tokenizer)
         self.metrics = MetricsFile(directory.metrics) if self.topology.rank == 0 else None
         parts = {
             "data": (self.loader, "next_step"),
@@ -157,6 +159,8 @@ class Trainer:
                 if _due(self.step, self.train.validate_every):
                     self.validate(progress)
                     validated = self.step
+                if _due(self.step, self.train.evaluate_every):
+                    self.log({"step": self.step, "tokens": self.tokens, **self.evaluation.figures()})
                 due = _due(self.step, self.settings.checkpoint.every) or self._retry
                 if due and self.step < self.last_step and not self.interrupted:
                     self.save()
@@ -191,6 +195,7 @@ class Trainer:
             logger.warning("step %d: the gradient is not finite; the update is skipped", self.step + 1)
         learning = self.train.attention_mode != "indexer_warmup"  # the routers too
         loads = self._balance_routers(result.finite and learning)
+        violations = {_layer(name): float(max_violation(load)) for name, load in loads.items()}
         self.step += 1
         times = over_ranks(self.times.take(), time.perf_counter() - started, self.topology.device)
         inside = {"layers": self.layers.take(), "expert_load": relative_loads(loads)} if looks_inside else {}
@@ -211,7 +216,8 @@ class Trainer:
             "tokens_per_second": self.train.tokens_per_step / seconds,
             "mfu": self.train.tokens_per_step / seconds * self.flops_share,
             "memory_gib": all_max(_peak_memory_gib(self.topology.device), self.topology.device),
-            "max_violation": max((float(max_violation(load)) for load in loads.values()), default=0.0),
+            "max_violation": max(violations.values(), default=0.0),
+            "max_violation_by_layer": violations,
             "phase": 0,
             "attention_mode": self.model.attention_mode,
             "sequence_length": self.train.sequence_length,
@@ -460,6 +466,11 @@ class Trainer:
     def _own(self, batch: Batch) -> Batch:
         """This rank's shard of each row, on its device."""
         return batch.shard(self.topology.index("context"), self.topology.sizes.context, self.topology.device)
+
+
+def _layer(router: str) -> str:
+    """`blocks.3` or `mtp`, of a router's name."""
+    return router.removesuffix(".ffn.router").removesuffix(".block")
 
 
 def _due(step: int, every: int) -> bool:

@@ -39,6 +39,7 @@ class TokenIndexer(nn.Module):
         self.head_dim = options.head_dim
         self.scale = options.num_heads**-0.5 * options.head_dim**-0.5
         self.query = nn.Linear(config.attention.mla.q_lora_rank, options.num_heads * options.head_dim, bias=False)
+        self.query.weight.head_rows = options.head_dim
         self.key = nn.Linear(config.hidden_size, options.head_dim, bias=False)
         self.key_norm = LayerNorm(options.head_dim, KEY_NORM_EPS)
         self.head_weight = nn.Linear(config.hidden_size, options.num_heads, bias=False)

@@ -28,6 +28,7 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config.hidden_size, options.head_dim, ratio, True, config.norm_eps)
         width = options.num_heads * options.head_dim
         self.query = nn.Linear(config.attention.q_lora_rank, width, bias=False)
+        self.query.weight.head_rows = options.head_dim
         self.head_weight = nn.Linear(config.hidden_size, options.num_heads, bias=False)
 
     def forward(self, x: Tensor, latent: Tensor, rotation: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,6 +32,7 @@ class HeadsFromLatent(nn.Module):
         super().__init__()
         self.width = width
         self.weight = nn.Parameter(torch.empty(num_heads * width, latent))
+        self.weight.head_rows = width
 
     def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
         """A latent of all heads [B, S, L], or one a head [B, S, H, L], to [B, S, H, D]; transposed, the way back."""
@@ -55,6 +56,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.query_down = nn.Linear(hidden, options.q_lora_rank, bias=False)
         self.query_norm = RMSNorm(options.q_lora_rank, config.norm_eps)
         self.query_up = nn.Linear(options.q_lora_rank, heads * (options.nope_dim + options.rope_dim), bias=False)
+        self.query_up.weight.head_rows = options.nope_dim + options.rope_dim
         self.kv_down = nn.Linear(hidden, latent, bias=False)
         self.kv_norm = RMSNorm(latent, config.norm_eps)
         self.rope_key = nn.Linear(hidden, options.rope_dim, bias=False)

@@ -36,6 +36,7 @@ class SharedKVAttention(nn.Module):
         self.query_down = nn.Linear(config.hidden_size, attention.q_lora_rank, bias=False)
         self.query_norm = RMSNorm(attention.q_lora_rank, config.norm_eps)
         self.query_up = nn.Linear(attention.q_lora_rank, width, bias=False)
+        self.query_up.weight.head_rows = attention.head_dim  # to the optimizer, which may take each head alone
         self.kv = nn.Linear(config.hidden_size, attention.head_dim, bias=False)
         self.kv_norm = RMSNorm(attention.head_dim, config.norm_eps)
         self.sink = nn.Parameter(torch.empty(attention.num_heads))

@@ -1,0 +1,129 @@
+"""What a run is worth: `python launch/evaluate.py run=runs/flash_small tasks=mine task_path=tasks/`.
+
+Arguments are key=value; keys, meaning and defaults: conf/evaluate.yaml and conf/evaluation/default.yaml. Tables go to
+stdout, the same numbers to a JSON file. docs/evaluation.md says what is measured.
+"""
+
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from v4train.config import PRECISIONS, checked_device, config_dir
+from v4train.data import Corpus, DataConfig, Tokenizer, TokenizerConfig, load_data
+from v4train.errors import ConfigError, refusing_bad_input
+from v4train.evaluation.config import EvaluationConfig
+from v4train.evaluation.measure import measure
+from v4train.evaluation.report import tables
+from v4train.evaluation.scores import scorer
+from v4train.structured import key_values, structured
+from v4train.train.checkpoint import load_model, read_manifest
+from v4train.train.metrics import write_summary
+from v4train.train.run_directory import RunDirectory, find_checkpoint
+
+LISTS = ("recall_distances", "tasks")  # keys whose values are a,b,c or [a,b,c]
+
+
+@dataclass
+class EvaluateConfig(EvaluationConfig):
+    """Values and their meaning: conf/evaluate.yaml."""
+
+    run: str | None
+    out: str | None
+    sequence_length: int | None
+    batch_size: int
+    tasks: list[str]
+    task_path: str | None
+    few_shot: int | None
+    task_limit: int | None
+    device: str
+    precision: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.run is None:
+            raise ConfigError("run", "missing", "nothing says what to evaluate", "give run=runs/NAME")
+        for key, least in (("sequence_length", 2), ("batch_size", 1), ("task_limit", 1), ("few_shot", 0)):
+            if getattr(self, key) is not None and getattr(self, key) < least:
+                raise ConfigError(key, getattr(self, key), f"it must be at least {least}", "choose a larger number")
+        if self.task_path is not None and not Path(self.task_path).is_dir():
+            raise ConfigError("task_path", self.task_path, "there is no such folder", "name one of lm_eval task files")
+        if self.task_path is not None and not self.tasks:
+            raise ConfigError("task_path", self.task_path, "no task of it is asked for", "give tasks=name,name")
+        if self.precision not in PRECISIONS:
+            raise ConfigError("precision", self.precision, "unknown precision", f"use one of {', '.join(PRECISIONS)}")
+        self.device = checked_device(self.device)
+
+
+def main(arguments: list[str]) -> None:
+    config = read_arguments(arguments)
+    if config.tasks:
+        from v4train.evaluation import harness  # first: it may be missing
+    directory, path = find_checkpoint(config.run)
+    manifest = read_manifest(path)
+    trained = manifest["state"]["config"]
+    length = config.sequence_length or trained["train"]["sequence_length"]
+    tokenizer, corpus = read_data(config, directory, trained)
+    model = load_model(path).to(config.device)
+    scores_of = scorer(model, config.device)
+    with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
+        try:
+            found = measure(config, corpus, tokenizer, scores_of, length=length, batch_size=config.batch_size)
+            if config.tasks:
+                asked = harness.HarnessModel(model, tokenizer, scores_of, length, config.batch_size)
+                few_shot, limit = config.few_shot, config.task_limit
+                found["tasks"] = harness.run_tasks(asked, config.tasks, config.task_path, few_shot, limit)
+        except FloatingPointError as error:
+            raise diverged(config.run) from error
+    if "text" in found and not math.isfinite(found["text"]["all"]["loss"]):
+        raise diverged(config.run)
+    print(tables(found))
+    out = Path(config.out or directory.path / "evaluation" / f"{path.name}.json")
+    about = {"run": str(directory.path), "checkpoint": path.name, "step": manifest["step"]}
+    write(out, about | {"sequence_length": length, "settings": asdict(config)} | found)
+    print(f"written to {out}", file=sys.stderr)
+
+
+def read_arguments(arguments: list[str]) -> EvaluateConfig:
+    """Configuration from key=value arguments over the two files.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or a rule broken.
+    """
+    values: dict[str, Any] = {}
+    for file in ("evaluation/default.yaml", "evaluate.yaml"):
+        values |= OmegaConf.to_container(OmegaConf.load(config_dir() / file))
+    given: dict[str, Any] = key_values(arguments, values, "for example batch_size=4")
+    for key in set(LISTS) & given.keys():
+        given[key] = [part.strip() for part in given[key].strip("[] ").split(",") if part.strip()]
+    nothing = {key: None for key, value in given.items() if value == "null"}
+    return structured(EvaluateConfig, values | given | nothing, "")
+
+
+def read_data(config: EvaluateConfig, directory: RunDirectory, trained: dict[str, Any]) -> tuple[Tokenizer, Corpus]:
+    """The run's own tokenizer and held-out documents. Raises ConfigError (data.*) where they are gone."""
+    data = structured(DataConfig, trained["data"], "data")
+    own = trained["tokenizer"] | {"path": str(directory.tokenizer)}
+    tokens = config.tokens or trained["train"]["validation_tokens"]
+    return load_data(data, structured(TokenizerConfig, own, "tokenizer"), tokens)
+
+
+def diverged(run: str) -> ConfigError:
+    return ConfigError("run", run, "the model has diverged: its losses are not finite", "use another checkpoint")
+
+
+def write(out: Path, found: dict[str, Any]) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_summary(out, found)
+    except OSError as error:
+        raise ConfigError("out", out, f"it can't be written ({error.strerror})", "name another file") from error
+
+
+if __name__ == "__main__":
+    with refusing_bad_input():
+        main(sys.argv[1:])

@@ -1,0 +1,57 @@
+"""What launch/evaluate.py measures on our own rows, during training: `train.evaluate_every`."""
+
+import torch
+from torch import Tensor
+
+from v4train.config import Settings
+from v4train.data import Batch, Corpus, Tokenizer
+from v4train.data.packing import IGNORED_TARGET
+from v4train.evaluation.measure import flat, measure, recall_task
+from v4train.evaluation.scores import Scores
+from v4train.parallel.engine import Engine
+from v4train.train.distributed import all_sum_tensor
+
+
+class Evaluation:
+    """Of one run, on every rank.
+
+    Raises:
+        ConfigError: the recall task fits neither the rows nor the tokenizer.
+    """
+
+    def __init__(self, settings: Settings, engine: Engine, corpus: Corpus, tokenizer: Tokenizer) -> None:
+        self.config, self.train, self.topology = settings.evaluation, settings.train, settings.topology
+        self.engine, self.corpus, self.tokenizer = engine, corpus, tokenizer
+        if self.train.evaluate_every:
+            recall_task(self.config, corpus, tokenizer, self.train.sequence_length)
+
+    def figures(self) -> dict[str, float | None]:
+        """For a line of metrics; every rank must call it, and then set the model to training again."""
+        self.engine.model.eval()
+        found = measure(
+            self.config,
+            self.corpus,
+            self.tokenizer,
+            self._scores,
+            length=self.train.sequence_length,
+            batch_size=self.train.micro_batch_size,
+            rank=(self.topology.index("data"), self.topology.sizes.data),
+            over_ranks=self._over_ranks,
+        )
+        return dict(flat(found))
+
+    def _scores(self, batch: Batch) -> Scores:
+        """Of whole rows; what another rank counts is 0 here: of a row's shards, stages and copies each has its own."""
+        index, count = self.topology.index("context"), self.topology.sizes.context
+        found = self.engine.token_losses(batch.shard(index, count, self.topology.device))
+        targets = batch.targets.cpu()
+        scores = Scores(*(torch.zeros(targets.shape, dtype=dtype) for dtype in (torch.float, torch.bool, torch.bool)))
+        if found is None or self.topology.index("tensor"):
+            return scores
+        own = slice(index * targets.shape[1] // count, (index + 1) * targets.shape[1] // count)
+        scores.nats[:, own], scores.likeliest[:, own] = found.nats.cpu(), found.likeliest.cpu()
+        scores.counted[:, own] = targets[:, own] != IGNORED_TARGET
+        return scores
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        return all_sum_tensor(sums.to(self.topology.device)).cpu()
