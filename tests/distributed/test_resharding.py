@@ -4,15 +4,13 @@ Layouts stand in a ring: each one saves in the middle of a run, and the next one
 not depend on who saved it (test_layouts.py), so the ring stands for all pairs; the ends of it are 4 ranks and 1.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import launch
-from tests.distributed.test_layouts import COMMON, FOUR, LOSS, OPTIMIZERS, SHARD_ALL, TWO
-from tests.runs import STEPS, losses, tiny
+from tests.distributed.test_layouts import FOUR, LOSS, OPTIMIZERS, SHARD_ALL, TWO, train
+from tests.runs import STEPS, losses
 from v4train.train.checkpoint import Reader
 
 pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive, pytest.mark.timeout(280)]
@@ -40,14 +38,6 @@ RING = {
     "two_zero1": (2, ZERO[1]),
     "expert_pipeline": (4, FOUR["expert_pipeline"]),
 }
-
-
-def train(base: Path, ranks: int, jobs: dict[str, list[str]]) -> None:
-    folder = base / f"launch_{list(jobs)[-1]}"
-    folder.mkdir(parents=True)
-    path = folder / "jobs.json"
-    path.write_text(json.dumps([tiny(base, name, *COMMON, *overrides) for name, overrides in jobs.items()]))
-    launch("tests.distributed.training_worker", ranks, [str(path), str(folder), "uneven"], folder, timeout=240)
 
 
 @pytest.fixture(scope="module")

@@ -178,6 +178,7 @@ def test_a_run_stopped_and_continued_is_bitwise_the_same(base, ranks, stage, nam
     assert checkpoint_digests(base, f"halves_{run}", STEPS) == checkpoint_digests(base, f"whole_{run}", STEPS)
 
 
+@pytest.mark.exhaustive
 def test_a_run_continues_on_another_layout(base):
     """Saved by 2 ranks with ZeRO 3, continued by 1 rank with ZeRO 1 and recomputation: as if nothing had happened."""
     for ranks, how in (

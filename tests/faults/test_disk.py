@@ -39,9 +39,9 @@ def small_disk(base):
 def mounted(folder, options="rw"):
     """A file system of its own in memory."""
     folder.mkdir(parents=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"this process may mount no file system: {done.stderr.strip()}")
+    if os.geteuid():
+        pytest.skip("only root may mount a file system; continuous integration is")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
     try:
         yield folder
     finally:

@@ -33,7 +33,7 @@ def start(directory, resume="auto", overwrite=False, config=CONFIG):
 
 def save(directory, step):
     state = {"config": CONFIG}
-    return checkpoint_writer.save(directory.checkpoints, step, [("a", {"weight": torch.ones(1)})], {}, state)
+    return checkpoint_writer.save(directory.checkpoints, step, [("weight", "a", torch.ones(1))], {}, state)
 
 
 @pytest.fixture

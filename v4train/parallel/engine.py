@@ -272,8 +272,9 @@ class Engine:
         """Whether this rank saves what it holds of the parameter, of all that hold the same; they take turns."""
         topology, group = self.topology, self._group_of[name]
         sizes = topology.sizes
-        if not group.is_part("tensor") and self.groups.index(group) % sizes.tensor != topology.index("tensor"):
-            return False  # whole groups, since their buffers are copied whole
+        if sizes.tensor > 1 and not group.is_part("tensor"):
+            if self.groups.index(group) % sizes.tensor != topology.index("tensor"):
+                return False  # whole groups, since their buffers are copied whole
         if self._zero_stage > 0:  # each has its own range
             return True
         copies = "expert_replica" if group.is_part("expert") else "replica"
@@ -319,12 +320,12 @@ class _Copies:
 
     def of(self, flat: Tensor) -> Tensor:
         """Copy [n] on the CPU of a contiguous tensor [n]."""
-        flat = flat.detach()
         storage = flat.untyped_storage()
-        if storage.data_ptr() not in self._buffers:
+        address = storage.data_ptr()
+        if address not in self._buffers:
             whole = torch.empty(0, dtype=flat.dtype, device=flat.device).set_(storage)
-            self._buffers[storage.data_ptr()] = storage, whole.to("cpu", copy=True)
-        return self._buffers[storage.data_ptr()][1].narrow(0, flat.storage_offset(), len(flat))
+            self._buffers[address] = storage, whole.to("cpu", copy=True)
+        return self._buffers[address][1].narrow(0, flat.storage_offset(), len(flat))
 
 
 def _shapes(shapes: Mapping[str, torch.Size]) -> dict[str, list[int]]:

@@ -8,7 +8,7 @@
 
 Each rank writes what it holds (checkpoint_writer.py): a tensor that is whole on one rank as it is, any other in slices
 whose names say where in the whole they lie (parallel/slices.py). So any number of ranks, in any layout, can read them.
-Files are mapped, and a rank reads what it takes.
+Files are mapped, and a rank reads no block that it has no part of.
 """
 
 import hashlib
