@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from v4train.config import PRECISIONS, checked_device, config_dir
+from v4train.config import PRECISIONS, checked_device
 from v4train.data import Corpus, DataConfig, Tokenizer, TokenizerConfig, load_data
 from v4train.errors import ConfigError, refusing_bad_input
 from v4train.evaluation.config import EvaluationConfig
 from v4train.evaluation.measure import measure
 from v4train.evaluation.report import tables
 from v4train.evaluation.scores import scorer
+from v4train.overrides import config_dir
 from v4train.structured import key_values, structured
 from v4train.train.checkpoint import load_model, read_manifest
 from v4train.train.metrics import write_summary

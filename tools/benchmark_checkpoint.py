@@ -51,15 +51,15 @@ def benchmark(made, rounds: int) -> dict:
         alone = statistics.median(step() for _ in range(3))
         started = time.perf_counter()
         trainer.save()
-        trainer.writer.settle()
+        trainer.saving.writer.settle()
         waited = time.perf_counter() - started
         started = time.perf_counter()
         trainer.save()
         stall = time.perf_counter() - started
         beside = []
-        while trainer.writer.busy:
+        while trainer.saving.writer.busy:
             beside.append(step())
-        trainer.writer.settle()
+        trainer.saving.writer.settle()
         if number:  # the first one's memory is new
             turns.append((waited, stall, stall / waited, sum(beside) / len(beside) / alone - 1 if beside else 0.0))
     path = checkpoint.newest(trainer.directory.checkpoints)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.lives import Life, overrides
 from tests.runs import checkpoint_digests, losses
-from v4train.train import checkpoint, trainer
+from v4train.train import checkpoint, saving
 from v4train.train.metrics import read_metrics
 
 pytestmark = pytest.mark.faults
@@ -50,7 +50,7 @@ def mounted(folder, options="rw"):
 
 
 def retry_soon():
-    trainer.RETRY_SECONDS = 0.2
+    saving.RETRY_SECONDS = 0.2
 
 
 def step_of(base, name):
@@ -157,4 +157,4 @@ def test_a_folder_that_can_not_be_written_to_the_end(base):
 
 def give_up_soon():
     retry_soon()
-    trainer.FINAL_PAUSES = (0, 0.1)
+    saving.FINAL_PAUSES = (0, 0.1)

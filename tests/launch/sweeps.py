@@ -29,9 +29,8 @@ def command(base: Path, *overrides: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    folders = [ROOT, Path(__file__).parent / "stand_in"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    own = {"PYTHONPATH": ":".join(map(str, folders)), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PATH": path}
+    own = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PATH": path}
     return os.environ | own
 
 

@@ -152,16 +152,17 @@ class FlatState:
             self._own[parameter] = dict(self._partitions.places(parameter)).get(me)
         return self._own[parameter]
 
+    def holds(self, parameter: nn.Parameter) -> bool:
+        return self._held(parameter) is not None
+
     def set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if key in MUON_KEYS:
             if (own := self._momentum(parameter)) is not None:
                 own[1].copy_(value[own[0].in_whole])
             return
-        me = dist.get_rank(group=self._partitions.processes(self._partitions.group(parameter)))
-        local = self._partition(parameter, key, create=True)
-        for rank, place in self._partitions.places(parameter):
-            if me == rank:
-                local[place.in_partition] = value[place.in_whole].to(local)
+        if (held := self._held(parameter)) is not None:
+            local = self._partition(parameter, key, create=True)
+            local[held.in_partition] = value[held.in_whole].to(local)
 
     def finish(self) -> None:
         self._zero.update_lp_params()

@@ -1,12 +1,10 @@
 """The training loop: next batch, step, log, validate, save (DESIGN, "How a run flows")."""
 
 import logging
-import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,8 @@ from v4train.data import (
     Corpus,
     EndOfData,
     Loader,
-    TokenizedDocuments,
     Tokenizer,
     merged_states,
-    target_bytes,
-    target_counts,
-    unigram_entropy,
-    validation_batches,
 )
 from v4train.errors import ConfigError
 from v4train.model import Transformer
@@ -36,7 +29,6 @@ from v4train.model.moe.balance import max_violation, relative_loads
 from v4train.optim.schedules import learning_rate
 from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
-from v4train.train.checkpoint_writer import CheckpointWriter
 from v4train.train.distributed import all_max, all_sum, all_sum_tensor, gathered
 from v4train.train.evaluation import Evaluation
 from v4train.train.hang_watch import HangWatch
@@ -46,13 +38,11 @@ from v4train.train.metrics import MetricsFile
 from v4train.train.profiler import StepProfiler
 from v4train.train.progress import Progress
 from v4train.train.run_directory import RunDirectory
+from v4train.train.saving import Saving
 from v4train.train.signals import REQUEUE, StopRequest
 from v4train.train.step_times import StepTimes, over_ranks, timing_waits
 from v4train.train.tracking import Tracker
-
-RETRY_SECONDS = 30  # until a checkpoint that couldn't be written is tried again, if none is due before
-LAST_WRITE = 5  # seconds that a run which ends with an error gives to a checkpoint that is being written
-FINAL_PAUSES = (0, 2, 4, 8, 16)  # seconds before each attempt to write the last one
+from v4train.train.validation import Validation
 
 logger = logging.getLogger("v4train")
 
@@ -88,18 +78,12 @@ class Trainer:
         self.accumulation = self.train.global_batch_size // (self.train.micro_batch_size * self.topology.sizes.data)
         # Of ranks with the same tokens one counts
         self.counts = not self.topology.index("tensor")
-        self.writer = CheckpointWriter(
-            directory.checkpoints,
-            settings.checkpoint.keep,
-            settings.checkpoint.keep_every,
-        )
-        self._retry_at = math.inf  # when a checkpoint that failed is tried again, on rank 0's clock
+        self.saving = Saving(directory.checkpoints, settings.checkpoint, self.topology.rank)
         self.step = 0
-        self.restored_step: int | None = None
         self.deadline = deadline
         self.interrupted = self.dry = False  # dry: the data have ended
-        self._write_failed = self._retry = False  # agreed on by all ranks at the last step
         self.validation: dict[str, float] = {}
+        self.validator = Validation(settings, engine, corpus, tokenizer, lambda: self._beat("validating"))
         self.evaluation = Evaluation(settings, engine, corpus, tokenizer)
         self.metrics = MetricsFile(directory.metrics) if self.topology.rank == 0 else None
         parts = {
@@ -137,7 +121,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to `last_step`, or to the step edge after a signal; then validate and save."""
-        validated, saved = self.validation.get("step"), self.restored_step
+        validated = self.validation.get("step")
         progress = Progress(self.train.total_steps, self.step, self.topology.rank)
         with (
             progress,
@@ -145,7 +129,7 @@ class Trainer:
             self.profiler,
             timing_waits(self.times),
             self.hang_watch,
-            self._finishing_writes(),
+            self.saving,
         ):
             while self.step < self.last_step and not self.interrupted:
                 with self.profiler.step(self.step + 1):
@@ -161,13 +145,12 @@ class Trainer:
                     validated = self.step
                 if _due(self.step, self.train.evaluate_every):
                     self.log({"step": self.step, "tokens": self.tokens, **self.evaluation.figures()})
-                due = _due(self.step, self.settings.checkpoint.every) or self._retry
+                due = _due(self.step, self.settings.checkpoint.every) or self.saving.retry
                 if due and self.step < self.last_step and not self.interrupted:
                     self.save()
-                    saved = self.step
             if validated != self.step and not self.interrupted:
                 self.validate(progress)
-            progress.note(f"checkpoint {self.save_and_wait(saved)}")
+            progress.note(f"checkpoint {self._save_and_wait()}")
             for line in self._left_out():
                 progress.note(line)
             if self.interrupted:
@@ -200,8 +183,6 @@ class Trainer:
         times = over_ranks(self.times.take(), time.perf_counter() - started, self.topology.device)
         inside = {"layers": self.layers.take(), "expert_load": relative_loads(loads)} if looks_inside else {}
         values, data, stopping = self._over_ranks(recorded, stop.requested)
-        if self._write_failed:
-            self._settle()
         self.loader.count(data)
         progress = self.loader.progress
         self.interrupted = stopping and self.step < self.last_step
@@ -260,8 +241,7 @@ class Trainer:
 
     def _over_ranks(self, recorded: Recorded, stop: bool) -> tuple[dict[str, float], dict[str, float], bool]:
         """Of a step, over all ranks: what is logged of its losses, the loader's counts, and whether to stop."""
-        retry = self.topology.rank == 0 and time.monotonic() >= self._retry_at
-        flags = {"stop": stop, "failed": self.writer.failed, "retry": retry}
+        flags = {"stop": stop, **self.saving.flags()}
         values: dict[Any, Any] = {("flag", name): float(flag) for name, flag in flags.items()}
         values |= {("data", name): count * self._counts_data for name, count in self.loader.counts.items()}
         if self.counts:
@@ -270,12 +250,13 @@ class Trainer:
             values |= {(name, i): part for name, pair in recorded.shares.items() for i, part in enumerate(pair)}
         differ = self.topology.sizes.tensor * self.topology.sizes.pipeline > 1
         sums = all_sum(values, self.topology.device, same_names=not differ)
-        stopping, self._write_failed, self._retry = (sums.pop(("flag", name)) > 0 for name in flags)
+        agreed = {name: sums.pop(("flag", name)) > 0 for name in flags}
+        self.saving.agreed(agreed)
         data = {name: sums.pop(("data", name)) for name in self.loader.counts}
         means = {name: total / sums[name, "count"] for (name, of), total in sums.items() if of == "sum"}
         parts = {name: part for (name, of), part in sums.items() if of == 0}
         shares = {name: share(part, sums[name, 1]).item() for name, part in parts.items()}
-        return means | shares, data, stopping
+        return means | shares, data, agreed["stop"]
 
     @property
     def _counts_data(self) -> bool:
@@ -300,49 +281,15 @@ class Trainer:
         return merged_states(gathered(self.loader.state_dict()))
 
     def validate(self, progress: Progress) -> None:
-        """Loss and bits per byte on held-out text, and the entropy of its tokens (a model without context)."""
-        self.model.eval()
-        self.model.losses.denominators = {"lm_loss": 1.0, "mtp_loss": 1.0}  # sums, divided below by global counts
-        sources = self.corpus.sources.values()
-        share = -(-self.train.validation_tokens // len(sources))
-        parts = {source.name: self._validate_source(source.validation, share) for source in sources}
-        nats, text_bytes = (sum(part[i] for part in parts.values()) for i in range(2))
-        counts = sum(part[2] for part in parts.values())
-        loss, entropy = nats / int(counts.sum()), unigram_entropy(counts)
-        self.validation = {
-            "step": self.step,
-            "val_loss": loss,
-            "val_bits_per_byte": nats / math.log(2) / text_bytes,
-            "val_tokens": int(counts.sum()),
-            "unigram_entropy": entropy,
-            "val_gain_over_unigram": entropy - loss,
-        }
-        if len(parts) > 1:
-            own = {name: part[0] / int(part[2].sum()) for name, part in parts.items()}
-            self.validation |= {f"val_loss/{name}": value for name, value in own.items()}
+        """Log what held-out text says."""
+        self.validation = {"step": self.step, **self.validator.figures()}
         progress.note(
-            f"step {self.step}: validation loss {loss:.4f} nats/token, "
+            f"step {self.step}: validation loss {self.validation['val_loss']:.4f} nats/token, "
             f"{self.validation['val_bits_per_byte']:.4f} bits/byte, "
-            f"{entropy - loss:.4f} below the unigram entropy {entropy:.4f}"
+            f"{self.validation['val_gain_over_unigram']:.4f} below the unigram entropy "
+            f"{self.validation['unigram_entropy']:.4f}"
         )
         self.log({"tokens": self.tokens, **self.validation})
-
-    def _validate_source(self, documents: TokenizedDocuments, tokens: int) -> tuple[float, float, torch.Tensor]:
-        """(nats, bytes, targets by token [V]) of up to so many tokens of held-out documents, over all ranks."""
-        counts = torch.zeros(self.settings.model.vocab_size, dtype=torch.long)
-        sums: dict[str, Any] = {"nats": 0.0, "bytes": 0.0}
-        sizes = (self.train.sequence_length, self.train.micro_batch_size, tokens)
-        of_rank = (self.topology.index("data"), self.topology.sizes.data)
-        for batch in validation_batches(documents, *sizes, *of_rank, self.tokenizer.pad_id):
-            self._beat("validating")
-            batch = self._own(batch)
-            if self.counts and not self.topology.index("pipeline"):
-                counts += target_counts(batch.own_targets.cpu(), len(counts))
-                sums["bytes"] += target_bytes(batch.own_targets.cpu(), self.tokenizer.bytes_per_token)
-            sums["nats"] += self.engine.validation_loss(batch).double() * self.counts
-        counts = all_sum_tensor(counts.to(self.topology.device)).cpu()
-        totals = all_sum(sums, self.topology.device)
-        return totals["nats"], totals["bytes"], counts
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to W&B."""
@@ -353,7 +300,6 @@ class Trainer:
     def save(self) -> None:
         """Begin to write a checkpoint of everything that the next step depends on (DESIGN 10); training may go on."""
         self._beat("saving")
-        self._settle()
         state = {
             "tokens": self.tokens,
             "loader": self._loader_state(),
@@ -365,24 +311,13 @@ class Trainer:
         }
         own = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers() if not buffer.is_meta}
         first = not any(self.topology.index(axis) for axis in ("data", "tensor", "context"))  # of a pipeline stage
-        self.writer.start(self.step, self.engine.local_state(), own if first else {}, state)
-        self._retry_at = math.inf
+        self.saving.begin(self.step, self.engine.local_state(), own if first else {}, state)
         if self.metrics is not None:
             self.metrics.flush()
 
-    def save_and_wait(self, saved: int | None) -> Path:
-        """Have a checkpoint of this step, which may be begun (`saved`), on disk: tried again for half a minute.
-
-        Raises SystemExit with one line where it can't be written.
-        """
-        problem = self._settle() if saved == self.step else "not begun"
-        for pause in FINAL_PAUSES:
-            if problem is None:
-                break
-            time.sleep(pause)
-            self.save()
-            problem = self._settle()
-        path = self.directory.checkpoints / f"step_{self.step:08d}"
+    def _save_and_wait(self) -> Path:
+        """Have a checkpoint of this step on disk. Raises SystemExit with one line where it can't be written."""
+        path, problem = self.saving.finish(self.step, self.save)
         if problem is not None:
             if self.topology.rank == 0:
                 print(
@@ -395,24 +330,6 @@ class Trainer:
             raise SystemExit(REQUEUE if self.interrupted else 1)
         return path
 
-    @contextmanager
-    def _finishing_writes(self) -> Iterator[None]:
-        """Where training ends with an error, the checkpoint that is being written is still worth having."""
-        try:
-            yield
-        except BaseException:  # perhaps of this rank alone, so that nothing can be agreed on
-            self.writer.join(LAST_WRITE)
-            raise
-
-    def _settle(self) -> str | None:
-        """Wait for the checkpoint that is being written; if it failed say so, and why. Every rank must call it."""
-        problem = self.writer.settle()
-        if problem is not None:
-            self._retry_at = time.monotonic() + RETRY_SECONDS
-            if self.topology.rank == 0:
-                logger.warning("a checkpoint can't be written (%s): it is tried again", problem)
-        return problem
-
     def restore(self, reader: checkpoint.Reader) -> None:
         """Continue from a checkpoint: weights, optimizer, router biases, data position, RNG; cut the metrics file."""
         self.engine.load_named_state(reader.parameter)
@@ -422,7 +339,7 @@ class Trainer:
                 if not buffer.is_meta:
                     buffer.copy_(saved[name])
         state = reader.manifest["state"]
-        self.step = self.restored_step = reader.manifest["step"]
+        self.step = self.saving.last = reader.manifest["step"]
         self.loader.load_state_dict(state["loader"])
         self.validation = state["validation"]
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
