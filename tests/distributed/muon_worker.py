@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.distributed.engine_worker import Output
 from tests.distributed.launch import finished
+from tests.distributed.states import whole_state
 from v4train.optim.param_groups import OptimizerConfig
 
 ROWS, STEPS, CLIP = 24, 2, 1e-3
@@ -116,7 +117,7 @@ def run_job(job: dict, topology: object) -> dict:
         for part in torch.arange(ROWS).chunk(accumulation):
             engine.forward_backward(part.chunk(ranks)[topology.index("data")], step)
         engine.step(1.0)
-        weights.append({name: state["weight"] for name, state in engine.named_state()})
+        weights.append({name: state["weight"] for name, state in whole_state(engine).items()})
     muon.newton_schulz = original
     momenta = [state["momentum_buffer"].numel() for state in engine._optimizer.state.values() if "exp_avg" not in state]
     return {"weights": weights, "work": sum(work), "momentum": sum(momenta)}
