@@ -1,6 +1,5 @@
 """A real SLURM of one node (`.ci/slurm`): submitted, told to save, preempted, continued; a sweep as a job array."""
 
-import getpass
 import os
 import re
 import shutil
@@ -24,6 +23,10 @@ RANKS = 2
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(2 * LIMIT)]
 
 
+def answer(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+
+
 def slurm(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
 
@@ -34,14 +37,14 @@ def cluster() -> Iterator[None]:
     reason = None
     if shutil.which("sbatch") is None:
         reason = "SLURM is not installed (.ci/slurm install)"
-    elif subprocess.run(["sinfo"], capture_output=True, timeout=30).returncode:
-        reason = "no SLURM controller answers (.ci/slurm start DIR; export SLURM_CONF=DIR/slurm.conf)"
+    elif not re.search(r"ClusterName\s*= v4train\b", answer("scontrol", "show", "config")):  # nor a cluster of others
+        reason = "our own SLURM doesn't answer (.ci/slurm start DIR; export SLURM_CONF=DIR/slurm.conf)"
     if reason and os.environ.get("V4TRAIN_SLURM") == "required":
         pytest.fail(reason)
     if reason:
         pytest.skip(reason)
     yield
-    subprocess.run(["scancel", f"--user={getpass.getuser()}"], timeout=30)
+    subprocess.run(["scancel", "--me"], timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +141,11 @@ def test_a_job_that_fails_or_is_cancelled_is_not_queued_again(base):
 
 
 def test_a_sweep_is_a_job_array_whose_jobs_continue(base, undisturbed):
-    """Two jobs: one is told to save, queued again by its first rank, and continues; one fails."""
+    """Three jobs: two are told to save, each queued again by its first rank alone, and continue; one fails."""
     overrides = ["hydra/launcher=slurm", f"hydra.launcher.tasks_per_node={RANKS}", "hydra.launcher.poll_seconds=0.5"]
     overrides += ["hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=10", f"train.max_steps={STEPS}"]
     overrides += [
-        "train.global_batch_size=4,3",
+        "train.global_batch_size=4,3,8",
         "run.name=swept_${train.global_batch_size}",
         f"run.dir={base}/${{run.name}}",
     ]
@@ -154,24 +157,25 @@ def test_a_sweep_is_a_job_array_whose_jobs_continue(base, undisturbed):
         stderr=subprocess.PIPE,
         text=True,
     )
-    run = base / "swept_4"
+    runs = [base / "swept_4", base / "swept_8"]
 
     def log() -> str:
         return "\n".join(path.read_text() for path in (base / "multirun").rglob("*.log"))
 
-    until(lambda: steps(run) >= 3, log)
+    until(lambda: all(steps(run) >= 3 for run in runs), log)
     assert sweep.poll() is None
-    (array,) = [number for number in slurm("squeue", "--noheader", "--array", "--format=%i").split() if "_0" in number]
-    slurm("scancel", "--signal=USR1", array)
-    until(lambda: "stopped by a signal" in log(), log)
-    assert steps(run) < STEPS, "it was over before it was stopped: more steps are needed"
+    (first,) = [number for number in slurm("squeue", "--noheader", "--array", "--format=%i").split() if "_0" in number]
+    jobs = [first.removesuffix("0") + index for index in "012"]
+    slurm("scancel", "--signal=USR1", jobs[0], jobs[2])  # of which one has the number of the array
+    until(lambda: log().count("stopped by a signal") == 2, log)
+    assert all(steps(run) < STEPS for run in runs), "it was over before it was stopped: more steps are needed"
     output, errors = sweep.communicate(timeout=LIMIT)
     assert sweep.returncode == 1, errors
     _, rows = read_table(base)
-    assert [row["status"] for row in rows] == ["finished", "failed"]
+    assert [row["status"] for row in rows] == ["finished", "failed", "finished"]
     assert rows[1]["error"].startswith("train.global_batch_size=3: it must be a multiple of")
-    assert f"error: 1 of 2 jobs failed: job 1 (swept_3): {rows[1]['error']}" in errors
-    assert "Restarts=1 " in slurm("scontrol", "show", "job", array)
-    assert (state(array), state(array.removesuffix("0") + "1")) == ("COMPLETED", "FAILED")
+    assert f"error: 1 of 3 jobs failed: job 1 (swept_3): {rows[1]['error']}" in errors
+    assert ["Restarts=1 " in slurm("scontrol", "show", "job", job) for job in jobs] == [True, False, True]
+    assert [state(job) for job in jobs] == ["COMPLETED", "FAILED", "COMPLETED"]
     assert "swept_4" in page_of(output).read_text()
     assert_same(base, "swept_4")

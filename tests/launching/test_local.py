@@ -26,7 +26,7 @@ def test_jobs_at_once_share_cores_and_gpus():
 
 
 def test_more_jobs_than_gpus_are_refused():
-    with pytest.raises(ConfigError, match=r"hydra.launcher.jobs=2: .*nproc=2 need more than the 3 GPUs"):
+    with pytest.raises(ConfigError, match=r"hydra.launcher.jobs=2: 2 x 2 ranks need 4 GPUs, there are 3"):
         slot_environments(config(jobs=2, nproc=2), ["0", "1", "2"], {})
 
 

@@ -4,8 +4,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from v4train.errors import ConfigError
-from v4train.launching.slurm import SlurmConfig, check_installed, parameters
+from v4train.launching.slurm import SlurmConfig, check_installed, parameters, run_jobs
+from v4train.launching.sweep import Job
 from v4train.overrides import config_dir
+from v4train.train.restarts import slurm_job
 
 
 def config(**overrides) -> SlurmConfig:
@@ -43,6 +45,29 @@ def test_options_have_the_names_of_sbatch():
 def test_bad_options_are_refused(bad, rule):
     with pytest.raises(ConfigError, match=f"hydra.launcher.{list(bad)[-1]}=.*{rule}"):
         config(**bad)
+
+
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [
+        ({"SLURM_JOB_ID": "12"}, "12"),
+        # SLURM takes 12 alone for all jobs of the array, of which it is one
+        ({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}, "12_3"),
+        ({}, None),
+    ],
+)
+def test_the_number_of_a_job(variables, job):
+    assert slurm_job(variables) == job
+
+
+def test_a_cluster_that_does_not_answer_gets_no_job_twice(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    job = Job(0, (), "run", tmp_path / "run", ("program",), tmp_path / "0.log")
+    with pytest.raises(ConfigError, match="squeue doesn't answer"):
+        next(run_jobs([job], config(), tmp_path))
+    assert not (tmp_path / "slurm_jobs.json").exists()
 
 
 def test_a_machine_without_slurm_is_refused(monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from v4train.launching.sweep import Job, Outcome, Sweep, refuse_on_ranks, table_
 from v4train.overrides import config_dir, sweep_name
 from v4train.train.metrics import write_summary
 
+NAME = "hydra.job.name=pretrain"
+
 
 def make_sweep(folder: Path, *overrides: str, objective: str = "val_loss") -> Sweep:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         loader = ConfigLoaderImpl(create_config_search_path(f"file://{config_dir()}"))
-        given = [*overrides, f"hydra.sweep.dir={folder}", "hydra.mode=MULTIRUN", "hydra.job.name=pretrain"]
+        given = [*overrides, f"hydra.sweep.dir={folder}", "hydra.mode=MULTIRUN", NAME]
         config = loader.load_configuration("pretrain", given, RunMode.MULTIRUN)
         config.hydra.job.config_name = "pretrain"
     return Sweep(config, loader, objective)
@@ -45,8 +48,24 @@ def test_jobs_are_commands_named_from_their_overrides(tmp_path, monkeypatch):
     assert [job.number for job in jobs] == [4, 5]
     assert [job.name for job in jobs] == ["flash_small_optimizer=adamw_seed=1", "flash_small_optimizer=adamw_seed=2"]
     assert jobs[0].run_dir == Path("runs/flash_small_optimizer=adamw_seed=1").absolute()
-    assert jobs[1].command == (str(tmp_path / "pretrain.py"), hydras[2], "seed=2", "optimizer=adamw")
+    own = ("hydra.mode=RUN", hydras[2], NAME, "tracking.group='sweep'")
+    assert jobs[1].command == (str(tmp_path / "pretrain.py"), *own, "seed=2", "optimizer=adamw")
     assert jobs[1].log == tmp_path / "sweep" / "5.log"
+
+
+def test_what_of_hydra_is_the_jobs_is_handed_on(tmp_path):
+    hydras = ["+hydra.job.env_set.MINE=1", "hydra.job.chdir=false", "hydra.sweeper.max_batch_size=2"]
+    (job,) = make_sweep(tmp_path, *hydras).jobs([["seed=1"]], first=0)
+    assert job.command[1:] == ("hydra.mode=RUN", hydras[0], NAME, f"tracking.group='{tmp_path.name}'", "seed=1")
+
+
+@pytest.mark.parametrize("given", ["tracking.group=mine", "variable"])
+def test_the_users_group_stays(tmp_path, monkeypatch, given):
+    if given == "variable":
+        monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    overrides = [] if given == "variable" else [given]
+    (job,) = make_sweep(tmp_path).jobs([["seed=1", *overrides]], first=0)
+    assert job.command[1:] == ("hydra.mode=RUN", NAME, "seed=1", *overrides)
 
 
 def test_another_configuration_is_handed_on(tmp_path, monkeypatch):
@@ -55,7 +74,7 @@ def test_another_configuration_is_handed_on(tmp_path, monkeypatch):
     composed.hydra.job.config_name = "mine"
     monkeypatch.setattr(sweep.loader, "load_sweep_config", lambda config, overrides: composed)
     (job,) = sweep.jobs([["seed=1"]], first=0)
-    assert job.command[1:] == ("--config-name", "mine", "seed=1")
+    assert job.command[1:4] == ("hydra.mode=RUN", "--config-name", "mine")
 
 
 def test_two_jobs_that_differ_may_not_share_a_folder(tmp_path):
@@ -108,11 +127,30 @@ def test_jobs_that_wait_end_the_sweep_with_its_code(tmp_path, monkeypatch, codes
 
 
 def test_a_figure_that_no_run_has_is_refused_as_the_objective(tmp_path):
-    sweep = make_sweep(tmp_path, objective="accuracy")
+    sweep = make_sweep(tmp_path, "hydra/sweeper=optuna", objective="accuracy")
     first = job(0, tmp_path)
     sweep.outcomes[0] = ended(first, 0, val_loss=1.0)
     with pytest.raises(ConfigError, match="hydra.launcher.objective=accuracy: .*; use one of val_loss"):
         sweep.objective_of(first)
+    hydras_own = make_sweep(tmp_path, objective="accuracy")  # asks for none
+    hydras_own.outcomes[0] = sweep.outcomes[0]
+    assert hydras_own.objective_of(first) is None
+
+
+@pytest.mark.parametrize(("direction", "worst"), [("minimize", math.inf), ("maximize", -math.inf)])
+def test_a_job_that_has_diverged_is_the_worst(tmp_path, direction, worst):
+    """Optuna takes no nan: it would end the study."""
+    sweep = make_sweep(tmp_path, "hydra/sweeper=optuna", f"hydra.sweeper.direction={direction}")
+    first = job(0, tmp_path)
+    sweep.outcomes[0] = ended(first, 0, val_loss=math.nan)
+    assert sweep.objective_of(first) == worst
+
+
+def test_a_dry_run_has_no_figures(tmp_path):
+    sweep = make_sweep(tmp_path)
+    first = job(0, tmp_path)
+    sweep.run([first], lambda jobs: [Outcome(first, 0, 1.0)])
+    assert sweep.outcomes[0].figures == {} and sweep.objective_of(first) is None
 
 
 def test_a_sweep_belongs_to_one_process(monkeypatch):

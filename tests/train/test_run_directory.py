@@ -5,6 +5,7 @@ import torch
 
 from v4train.errors import ConfigError
 from v4train.train import checkpoint, checkpoint_writer
+from v4train.train.restarts import launch_name, restarts
 from v4train.train.run_directory import RunDirectory
 
 CONFIG = {
@@ -109,6 +110,31 @@ def test_what_changes_no_result_may_change(directory):
         tokenizer={"cache_dir": "y"},
     )
     assert start(directory, config=config) == newest
+
+
+def test_a_job_started_again_continues_what_it_has_begun(directory, tmp_path, monkeypatch):
+    """Whatever it was told: SLURM starts it with the same arguments, which may say to begin anew."""
+    other = RunDirectory(tmp_path / "other")
+    start(other)
+    save(other, 8)
+    source = str(other.checkpoints / "step_00000008")
+    mine = launch_name({"SLURM_JOB_ID": "7"})
+    directory.prepare(False, CONFIG, mine)
+    assert directory.begun_by(mine) and not directory.begun_by(launch_name({"SLURM_JOB_ID": "8"}))
+    assert not directory.begun_by(None)
+    assert directory.find_start(source, False, CONFIG, again=True).samefile(source)  # none of its own yet
+    save(directory, 12)
+    for resume in ("never", source, "auto"):
+        assert directory.find_start(resume, False, CONFIG, again=True).name == "step_00000012"
+    with pytest.raises(ConfigError, match="a run of that name exists"):
+        directory.find_start(source, False, CONFIG)
+
+
+def test_how_often_a_job_was_started():
+    assert restarts({}) == restarts({"SLURM_RESTART_COUNT": "0"}) == 0
+    assert restarts({"SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "1"}) == 2
+    assert launch_name({}) is None
+    assert launch_name({"TORCHELASTIC_RUN_ID": "none"}) == launch_name({"TORCHELASTIC_RUN_ID": "none"})
 
 
 def test_a_checkpoint_of_another_run_can_be_the_start(directory, tmp_path):

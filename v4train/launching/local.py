@@ -54,7 +54,7 @@ def slot_environments(config: LocalConfig, gpus: list[str], environ: Mapping[str
         ConfigError: there are GPUs, but not enough for all.
     """
     if gpus and len(gpus) < config.jobs * config.nproc:
-        rule = f"so many jobs of hydra.launcher.nproc={config.nproc} need more than the {len(gpus)} GPUs here"
+        rule = f"{config.jobs} x {config.nproc} ranks need {config.jobs * config.nproc} GPUs, there are {len(gpus)}"
         raise ConfigError("hydra.launcher.jobs", config.jobs, rule, "run fewer at once, or use device=cpu")
     common = {}
     if "OMP_NUM_THREADS" not in environ:

@@ -4,7 +4,6 @@ What a rank runs is a process of its own: submitit's handlers of signals, which 
 at once, would end a run before its ranks have agreed on a step and saved.
 """
 
-import getpass
 import importlib.util
 import json
 import logging
@@ -22,6 +21,7 @@ from typing import Any
 from v4train import durable
 from v4train.errors import ConfigError, wants_traceback
 from v4train.launching.sweep import Job, Outcome
+from v4train.train.restarts import slurm_job
 from v4train.train.signals import REQUEUE
 
 SUBMITIT = ".submitit"  # folder in that of the sweep
@@ -75,13 +75,19 @@ class Rank:
         # SLURM signals the process group, so the rank has it too. A handler, unlike SIG_IGN, is not inherited.
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
             signal.signal(number, lambda *_: None)
+        import submitit
+
+        # Of an earlier start: it would hide that this one has died
+        submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)
         with self.log.open("ab") as log:
             code = subprocess.run(self.command, stdout=log, stderr=subprocess.STDOUT).returncode
             if code < 0:
                 ended = f"error: rank {os.environ['SLURM_PROCID']} was ended by {signal.Signals(-code).name}\n"
                 log.write(ended.encode())
+        if -code in (signal.SIGTERM, signal.SIGUSR1):
+            code = REQUEUE  # it was not yet training, so there was nothing to save
         if code == REQUEUE and os.environ["SLURM_PROCID"] == "0":
-            _requeue(os.environ["SLURM_JOB_ID"])
+            _requeue(slurm_job(os.environ))
         if code not in (0, REQUEUE):
             raise RuntimeError(f"the run ended with {code}: {self.log}")
         return code
@@ -104,7 +110,9 @@ def run_jobs(jobs: list[Job], config: SlurmConfig, folder: Path) -> Iterator[Out
     """
     started, record = time.monotonic(), folder / "slurm_jobs.json"
     known = json.loads(record.read_text()) if record.is_file() else {}
-    alive = queued() or set()
+    alive = queued()
+    if alive is None:  # who can't see what runs would start it a second time
+        raise ConfigError("hydra/launcher", "slurm", "squeue doesn't answer", "try again when SLURM does")
     ids = {job.run_dir: known[str(job.run_dir)] for job in jobs if known.get(str(job.run_dir)) in alive}
     new = [job for job in jobs if job.run_dir not in ids]
     ids |= dict(zip((job.run_dir for job in new), _submit(new, config, folder), strict=True))
@@ -129,7 +137,7 @@ def queued() -> set[str] | None:
 
     None where SLURM does not answer. Not submitit's look-up, which is sacct's and so needs a database of accounts.
     """
-    command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}"]
+    command = ["squeue", "--noheader", "--array", "--format=%i", "--me"]
     answer = subprocess.run(command, capture_output=True, text=True)
     return set(answer.stdout.split()) if answer.returncode == 0 else None
 

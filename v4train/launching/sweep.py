@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import math
 import os
 import re
 import shlex
@@ -24,7 +25,8 @@ from v4train.train.progress import format_duration
 from v4train.train.run_directory import RunDirectory
 from v4train.train.signals import REQUEUE
 
-OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](launcher|sweeper|sweep|mode|job)\b")  # Hydra's overrides that jobs don't get
+# Hydra's overrides that jobs don't get
+OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](launcher|sweeper|sweep|mode|job\.(num|id|chdir|override_dirname))\b")
 
 logger = logging.getLogger("v4train")
 
@@ -74,6 +76,8 @@ class Outcome:
             return {}
         if directory.summary.is_file():
             return read_summary(directory.summary)
+        if not directory.metrics.is_file():  # a dry run
+            return {}
         return next((record for record in reversed(read_metrics(directory.metrics)) if "val_loss" in record), {})
 
     @property
@@ -152,18 +156,27 @@ class Sweep:
         if any(self.outcomes[job.number].waits for job in jobs):
             raise self.failure() or SystemExit(REQUEUE)
 
-    def objective_of(self, job: Job) -> float:
-        """What a sweeper gets of a finished job.
+    @property
+    def _only_lists(self) -> bool:
+        """Whether the sweeper is Hydra's own, which asks for no objective."""
+        return str(self.config.hydra.sweeper._target_).endswith(".BasicSweeper")
+
+    def objective_of(self, job: Job) -> float | None:
+        """What a sweeper gets of a finished job: of one that has diverged the worst value there is.
 
         Raises:
             ConfigError: the run has no figure of that name.
         """
         figures = self.outcomes[job.number].figures
+        if self.objective not in figures and self._only_lists:
+            return None
         if self.objective not in figures:
             rule = f"job {job.number} ({job.name}) has no such figure"
             known = ", ".join(key for key in figures if key != "run")
             raise ConfigError("hydra.launcher.objective", self.objective, rule, f"use one of {known}")
-        return float(figures[self.objective])
+        value = float(figures[self.objective])
+        worst = -math.inf if self.config.hydra.sweeper.get("direction") == "maximize" else math.inf
+        return worst if math.isnan(value) else value
 
     def failure(self) -> SweepFailed | None:
         """Which jobs have failed, and why."""
@@ -199,9 +212,19 @@ class Sweep:
         with open_dict(config):
             config.hydra.job.num, config.hydra.job.id = number, str(number)
         complete(config, list(overrides))
-        command = (str(Path(sys.argv[0]).absolute()), *_for_jobs(config), *overrides)
+        command = (str(Path(sys.argv[0]).absolute()), *_for_jobs(config), *self._tracked(config), *overrides)
         run_dir = Path(config.run.dir).absolute()
         return Job(number, overrides, config.run.name, run_dir, command, self.folder / f"{number}.log")
+
+    def _tracked(self, config: DictConfig) -> list[str]:
+        """W&B shows the runs of a sweep together, unless the user has a group for them."""
+        given = config.tracking.group is not None or "WANDB_RUN_GROUP" in os.environ
+        return [] if given else [f"tracking.group={quoted(self.folder.name)}"]
+
+
+def quoted(value: str) -> str:
+    """The value as an override has it, whatever is in it."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def table_of(outcomes: Iterable[Outcome]) -> str:
@@ -229,7 +252,7 @@ def table_of(outcomes: Iterable[Outcome]) -> str:
 
 def _for_jobs(config: DictConfig) -> list[str]:
     """Of the command line of a sweep, what is Hydra's and matters to its jobs: where configurations are, for one."""
-    arguments = []
+    arguments = ["hydra.mode=RUN"]  # an experiment's file may say hydra.mode: MULTIRUN
     if config.hydra.job.config_name != "pretrain":
         arguments += ["--config-name", config.hydra.job.config_name]
     for source in config.hydra.runtime.config_sources:

@@ -1,5 +1,7 @@
 """What launch/evaluate.py measures on our own rows, during training: `train.evaluate_every`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,15 +15,17 @@ from v4train.train.distributed import all_sum_tensor
 
 
 class Evaluation:
-    """Of one run, on every rank.
+    """Of one run, on every rank. `beat` is called for each batch.
 
     Raises:
         ConfigError: the recall task fits neither the rows nor the tokenizer.
     """
 
-    def __init__(self, settings: Settings, engine: Engine, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, corpus: Corpus, tokenizer: Tokenizer, beat: Callable[[], None]
+    ) -> None:
         self.config, self.train, self.topology = settings.evaluation, settings.train, settings.topology
-        self.engine, self.corpus, self.tokenizer = engine, corpus, tokenizer
+        self.engine, self.corpus, self.tokenizer, self.beat = engine, corpus, tokenizer, beat
         if self.train.evaluate_every:
             recall_task(self.config, corpus, tokenizer, self.train.sequence_length)
 
@@ -42,6 +46,7 @@ class Evaluation:
 
     def _scores(self, batch: Batch) -> Scores:
         """Of whole rows; what another rank counts is 0 here: of a row's shards, stages and copies each has its own."""
+        self.beat()
         index, count = self.topology.index("context"), self.topology.sizes.context
         found = self.engine.token_losses(batch.shard(index, count, self.topology.device))
         targets = batch.targets.cpu()

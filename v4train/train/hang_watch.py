@@ -4,7 +4,8 @@ When one rank hangs, the others wait for it in a collective, so every rank's wat
 
     <run dir>/stacks/rank-00003.txt    every thread of that rank, innermost call first
 
-A rank that leaves no file is stopped, or its machine is gone.
+A rank that leaves no file is stopped, or its machine is gone. On a GPU a rank whose work is not done may wait in a
+collective, which no Python frame shows, so only those whose GPU is idle are said to hang by themselves.
 """
 
 import faulthandler
@@ -14,11 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 GRACE = 10.0  # seconds in which the other ranks' watches run out too: they differ by less than a step
 POLL = 0.1
+SLICE = 10.0  # seconds between looks at the clock: one that takes far longer has been suspended, and counts for nothing
 COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 
 
@@ -51,19 +56,28 @@ class HangWatch:
         self._ended.set()
 
     def _watch(self) -> None:
-        while not self._ended.wait(max(0.0, self._last + self._timeout - time.monotonic())):
-            if time.monotonic() - self._last >= self._timeout:
+        before = time.monotonic()
+        while not self._ended.wait(max(0.0, min(SLICE, self._last + self._timeout - before))):
+            now = time.monotonic()
+            if now - before > 2 * SLICE:
+                self.beat()
+            elif now - self._last >= self._timeout:
                 self._give_up()
+            before = now
 
     def _give_up(self) -> None:
         """Leave this rank's stacks, wait for those of the others, say what happened, end the process."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._write_stacks()
-        end = time.monotonic() + GRACE
-        while len(list(self._folder.glob("rank-*.txt"))) < self._world and time.monotonic() < end:
-            time.sleep(POLL)
-        if self._is_first():
-            print(f"error: {self._message()}", file=sys.stderr, flush=True)
+        last = threading.Timer(3 * GRACE, os._exit, (1,))  # it may be the file system that hangs
+        last.daemon = True
+        last.start()
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._write_stacks()
+            end = time.monotonic() + GRACE
+            while len(list(self._folder.glob("rank-*.txt"))) < self._world and time.monotonic() < end:
+                time.sleep(POLL)
+            if self._is_first():
+                print(f"error: {self._message()}", file=sys.stderr, flush=True)
         os._exit(1)  # an orderly end would wait for the rank that hangs
 
     def _write_stacks(self) -> None:
@@ -75,6 +89,8 @@ class HangWatch:
         os.replace(path.with_suffix(".tmp"), path)
 
     def _waits(self) -> bool:
+        if torch.cuda.is_initialized() and not torch.cuda.default_stream().query():
+            return True
         frames = _callers(sys._current_frames().get(self._watched))
         return any(frame.f_code.co_filename.endswith(COLLECTIVES) for frame in frames)
 

@@ -2,8 +2,8 @@
 
     {"time": 1767225600.0, "step": 120, "doing": "training", "pid": 4711, "host": "node3", "world_size": 16}
 
-`time` counts seconds since 1970. `doing` is training, validating, saving, or how the run ended: finished (it wants
-nothing more), stopped (it wants to be started again) or failed.
+`time` counts seconds since 1970. `doing` is starting, training, validating, evaluating, saving, finishing, or how the
+run ended: finished (it wants nothing more), stopped (it wants to be started again) or failed.
 """
 
 import json

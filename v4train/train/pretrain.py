@@ -1,6 +1,7 @@
 """From settings to a finished run: what `launch/pretrain.py` calls on every rank."""
 
 import logging
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -28,9 +29,11 @@ from v4train.train.allocator import keep_freed_memory
 from v4train.train.deterministic import make_deterministic
 from v4train.train.distributed import gathered
 from v4train.train.dry_run import dry_run
+from v4train.train.heartbeat import Heartbeat
 from v4train.train.lost_ranks import give_up, is_lost_peer
 from v4train.train.metrics import read_metrics, write_summary
 from v4train.train.progress import setup_logging, start_table
+from v4train.train.restarts import launch_name, restarts
 from v4train.train.run_directory import RunDirectory
 from v4train.train.sample import generate
 from v4train.train.signals import REQUEUE
@@ -71,6 +74,7 @@ def run(settings: Settings) -> dict[str, float]:
     directory = RunDirectory(settings.run.dir)
     start = _agree_on_start(directory, settings)
     setup_logging(directory.path, settings.topology.rank)
+    heartbeat = Heartbeat(directory.heartbeat, settings.topology.rank, settings.topology.world_size)
     reader = checkpoint.Reader(start) if start else None
     if reader and reader.manifest["step"] >= settings.train.total_steps and directory.summary.is_file():
         logger.info(
@@ -80,16 +84,18 @@ def run(settings: Settings) -> dict[str, float]:
             directory.path,
         )
         return reader.manifest["state"]["validation"]
-    trainer = make_trainer(settings, directory, reader, deadline)
+    heartbeat.beat(reader.manifest["step"] if reader else 0, "starting")
+    trainer = make_trainer(settings, directory, reader, heartbeat, deadline)
     _show_start(trainer, start, time.perf_counter() - started)
     try:
         trainer.fit()
+        heartbeat.beat(trainer.step, "finishing")
         figures = _finish(trainer)
     except BaseException as error:
         stopped = isinstance(error, SystemExit) and error.code == REQUEUE
-        trainer.heartbeat.beat(trainer.step, "stopped" if stopped else "failed")
+        heartbeat.beat(trainer.step, "stopped" if stopped else "failed")
         raise
-    trainer.heartbeat.beat(trainer.step, "finished" if trainer.finished else "stopped")
+    heartbeat.beat(trainer.step, "finished" if trainer.finished else "stopped")
     return figures
 
 
@@ -98,9 +104,11 @@ def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:
     answer: list[object] = [None]
     if settings.topology.rank == 0:
         try:
-            resume, overwrite = settings.checkpoint.resume, settings.run.overwrite
-            answer[0] = directory.find_start(resume, overwrite, settings.resolved)
-            directory.prepare(overwrite, settings.resolved)
+            launch = launch_name(os.environ)
+            again = restarts(os.environ) > 0 and directory.begun_by(launch)
+            overwrite = settings.run.overwrite and not again
+            answer[0] = directory.find_start(settings.checkpoint.resume, overwrite, settings.resolved, again)
+            directory.prepare(overwrite, settings.resolved, launch)
         except ConfigError as error:
             answer[0] = error
         except OSError as error:
@@ -113,7 +121,11 @@ def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:
 
 
 def make_trainer(
-    settings: Settings, directory: RunDirectory, reader: checkpoint.Reader | None, deadline: float | None
+    settings: Settings,
+    directory: RunDirectory,
+    reader: checkpoint.Reader | None,
+    heartbeat: Heartbeat,
+    deadline: float | None,
 ) -> Trainer:
     topology, train = settings.topology, settings.train
     if topology.device.type == "cpu":
@@ -147,7 +159,7 @@ def make_trainer(
     run_id = reader.manifest["state"]["wandb_id"] if continues else None
     tracker = Tracker(settings.tracking, directory.path, settings.run.name, settings.resolved, run_id)
     peak = matmul_peak(topology.device, settings.precision) * topology.world_size
-    trainer = Trainer(settings, model, engine, corpus, tokenizer, directory, tracker, peak, deadline)
+    trainer = Trainer(settings, model, engine, corpus, tokenizer, directory, tracker, heartbeat, peak, deadline)
     if reader:
         trainer.restore(reader)
         reader.close()  # what it has mapped takes room on the disk, removed or not
@@ -224,6 +236,7 @@ def _finish(trainer: Trainer) -> dict[str, float]:
         with durable.optional(directory.summary):
             write_summary(directory.summary, summary)  # last: a run that has one is finished
     trainer.tracker.finish()
+    gathered(None)  # rank 0 has done its last: srun --wait ends what still runs a minute after the first rank
     return trainer.validation
 
 

@@ -42,9 +42,20 @@ class RunDirectory:
         self.profile = self.path / "profile"
         self.heartbeat = self.path / "heartbeat.json"
         self.stacks = self.path / "stacks"
+        self.launch = self.path / "launch.txt"
 
-    def find_start(self, resume: str, overwrite: bool, resolved: dict[str, Any]) -> Path | None:
+    def begun_by(self, launch: str | None) -> bool:
+        """Whether this job has begun the run (`restarts.launch_name`), so that a further start of it continues."""
+        try:
+            return launch is not None and self.launch.read_text() == launch and self.holds_run()
+        except OSError:
+            return False
+
+    def find_start(self, resume: str, overwrite: bool, resolved: dict[str, Any], again: bool = False) -> Path | None:
         """Checkpoint to start from, or None for a new run. Looks only; `prepare` writes.
+
+        Args:
+            again: the run was begun by this very job, which is started again: whatever it was told, it continues.
 
         Raises:
             ConfigError: `never` or a path (of a checkpoint, or a run for its newest) while the run exists, a folder
@@ -54,7 +65,9 @@ class RunDirectory:
         if exists and not self.holds_run():
             rule = "the folder exists and holds no run"
             raise ConfigError("run.dir", self.path, rule, "choose another run.name or run.dir")
-        if exists and not overwrite and resume != "auto":
+        if again and checkpoint.newest(self.checkpoints):
+            resume = "auto"
+        if exists and not overwrite and resume != "auto" and not again:
             rule = "a run of that name exists"
             raise ConfigError("checkpoint.resume", resume, rule, "use run.overwrite=true or another run.name")
         start = None if resume in ("auto", "never") else _checkpoint_of(Path(resume))
@@ -80,12 +93,17 @@ class RunDirectory:
             return False
         return OmegaConf.is_dict(saved) and {"run", "model", "train", "checkpoint"} <= saved.keys()
 
-    def prepare(self, overwrite: bool, resolved: dict[str, Any]) -> None:
-        """Make the folder, empty if `overwrite`, and write config.yaml. Rank 0 only, before the others read."""
+    def prepare(self, overwrite: bool, resolved: dict[str, Any], launch: str | None = None) -> None:
+        """Make the folder, empty if `overwrite`, and write config.yaml and who has begun it (`begun_by`).
+
+        Rank 0 only, before the others read.
+        """
         if overwrite and self.holds_run():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         durable.replace(self.config, OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
+        if launch is not None:
+            durable.replace(self.launch, launch.encode())
 
     def _check_same(self, start: Path, resolved: dict[str, Any]) -> None:
         saved = OmegaConf.create(checkpoint.read_manifest(start)["state"]["config"])

@@ -16,6 +16,18 @@ import torch.distributed as dist
 
 from v4train.train.distributed import all_sum_tensor
 
+BLOCKING = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+    "broadcast",
+    "reduce",
+    "send",
+    "recv",
+    "barrier",
+)
 PARTS = ("data", "forward", "backward", "optimizer", "wait")
 
 
@@ -72,14 +84,17 @@ class StepTimes:
 def timing_waits(times: StepTimes) -> Iterator[None]:
     """Inside, whatever waits for a collective or a message of torch.distributed is the part `wait`.
 
-    All of torch 2.13's, blocking or not, wait in `Work.wait`: on a CPU until it is done, on a GPU the stream does.
+    On a CPU all of torch 2.13's, blocking or not, wait in `Work.wait`. On a GPU the stream waits, there or, for those
+    that block, within the function itself.
     """
-    original = dist.Work.wait
-    dist.Work.wait = times.timed("wait", original)
+    originals = [(dist.Work, "wait", dist.Work.wait), *((dist, name, getattr(dist, name)) for name in BLOCKING)]
+    for owner, name, original in originals:
+        setattr(owner, name, times.timed("wait", original))
     try:
         yield
     finally:
-        dist.Work.wait = original
+        for owner, name, original in originals:
+            setattr(owner, name, original)
 
 
 def over_ranks(own: dict[str, float], seconds: float, device: torch.device) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class Trainer:
         tokenizer: Tokenizer,
         directory: RunDirectory,
         tracker: Tracker,
+        heartbeat: Heartbeat,
         peak_flops: float,
         deadline: float | None = None,
     ) -> None:
@@ -71,7 +72,7 @@ class Trainer:
         self.model, self.engine = model, engine
         self._set_attention_mode(self.train.attention_mode)
         self.corpus, self.tokenizer = corpus, tokenizer
-        self.directory, self.tracker = directory, tracker
+        self.directory, self.tracker, self.heartbeat = directory, tracker, heartbeat
         sizes = (self.train.global_batch_size, self.train.micro_batch_size)
         batch = BatchConfig(*sizes, self.topology.index("data"), self.topology.sizes.data)
         self.loader = Loader(corpus, settings.data, tokenizer, self.train.sequence_length, batch, settings.seed)
@@ -84,7 +85,7 @@ class Trainer:
         self.interrupted = self.dry = False  # dry: the data have ended
         self.validation: dict[str, float] = {}
         self.validator = Validation(settings, engine, corpus, tokenizer, lambda: self._beat("validating"))
-        self.evaluation = Evaluation(settings, engine, corpus, tokenizer)
+        self.evaluation = Evaluation(settings, engine, corpus, tokenizer, lambda: self._beat("evaluating"))
         self.metrics = MetricsFile(directory.metrics) if self.topology.rank == 0 else None
         parts = {
             "data": (self.loader, "next_step"),
@@ -100,7 +101,6 @@ class Trainer:
         sizes = {name: shape.numel() for name, shape in engine.layout.shapes.items()}
         self.layers = LayerStatistics(model, sizes, self.counts, self.topology.device)
         place = (self.topology.rank, self.topology.world_size)
-        self.heartbeat = Heartbeat(directory.heartbeat, *place)
         self.hang_watch = HangWatch(directory.stacks, *place, self.train.hang_timeout)
         self.flops_share = training_flops_per_token(settings.model, self.train.sequence_length) / peak_flops
 
