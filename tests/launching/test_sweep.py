@@ -74,7 +74,7 @@ def test_another_configuration_is_handed_on(tmp_path, monkeypatch):
     composed.hydra.job.config_name = "mine"
     monkeypatch.setattr(sweep.loader, "load_sweep_config", lambda config, overrides: composed)
     (job,) = sweep.jobs([["seed=1"]], first=0)
-    assert job.command[1:4] == ("hydra.mode=RUN", "--config-name", "mine")
+    assert job.command[1:4] == ("--config-name", "mine", "hydra.mode=RUN")
 
 
 def test_two_jobs_that_differ_may_not_share_a_folder(tmp_path):

@@ -252,10 +252,11 @@ def table_of(outcomes: Iterable[Outcome]) -> str:
 
 def _for_jobs(config: DictConfig) -> list[str]:
     """Of the command line of a sweep, what is Hydra's and matters to its jobs: where configurations are, for one."""
-    arguments = ["hydra.mode=RUN"]  # an experiment's file may say hydra.mode: MULTIRUN
+    arguments = []
     if config.hydra.job.config_name != "pretrain":
         arguments += ["--config-name", config.hydra.job.config_name]
     for source in config.hydra.runtime.config_sources:
         if source.provider == "command-line":
             arguments += ["--config-dir", source.path]
+    arguments.append("hydra.mode=RUN")  # an experiment's file may say MULTIRUN; options have to come before overrides
     return arguments + [override for override in config.hydra.overrides.hydra if not OF_THE_SWEEP.match(override)]
