@@ -100,7 +100,7 @@ def test_losses_of_each_target(monkeypatch, chunk_rows):
     targets = torch.randint(13, (10,), generator=generator)
     logits = x @ weight.T
     targets[4], targets[7] = -100, logits[7].argmax()
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 13 * chunk_rows)
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 4 * 13 * chunk_rows)
     nats, likeliest = cross_entropy.token_losses(x, weight, targets)
     torch.testing.assert_close(nats, F.cross_entropy(logits, targets, reduction="none", ignore_index=-100))
     assert likeliest.tolist() == (logits.argmax(-1) == targets).tolist() and likeliest[7] and not likeliest[4]
