@@ -53,9 +53,9 @@ def finished(base) -> tuple[Path, subprocess.CompletedProcess]:
 
 def test_it_leaves_everything_a_run_promises(finished):
     folder, _ = finished
-    for name in ("config.yaml", "summary.json", "samples.txt", "log.txt", "tokenizer.json", "report/loss.png"):
+    for name in ("config.yaml", "summary.json", "samples.txt", "log.txt", "tokenizer.json", "report/index.html"):
         assert (folder / name).stat().st_size > 0, name
-    assert (folder / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "report" / "loss_by_tokens.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert (folder / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").is_file()
 
