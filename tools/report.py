@@ -17,13 +17,15 @@ from pathlib import Path
 import yaml
 
 from v4train.errors import ConfigError, refusing_bad_input
-from v4train.structured import key_values
+from v4train.structured import key_values, wants_help
 
 KEYS = ("run", "compare", "out")
 
 
 def main(arguments: list[str]) -> None:
     """Raises ConfigError."""
+    if wants_help(arguments):
+        return print(__doc__)
     given = key_values(arguments, KEYS, "give run=runs/NAME, or compare=[runs/A,runs/B]")
     if ("run" in given) == ("compare" in given):
         raise ConfigError("run", given.get("run", "missing"), "one of run and compare is wanted", "give run=runs/NAME")

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from v4train import durable
 from v4train.report.runs import Run
-from v4train.train.progress import format_duration
+from v4train.terminal import format_duration
 from v4train.train.step_times import PARTS
 
 PAGE = "index.html"
