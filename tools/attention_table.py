@@ -24,6 +24,7 @@ from v4train.model.attention import KINDS
 from v4train.model.attention.cache import BlockTail, LayerCache
 from v4train.model.config import LayerAttention
 from v4train.model.losses import Losses
+from v4train.structured import wants_help
 
 OWN = {"contexts": "1024,8192,65536", "steps": "128"}  # 128 tokens: a block of hca, whose work comes once a block
 ROUNDS = 5  # the fastest counts
@@ -213,6 +214,8 @@ def whole_numbers(key: str, text: str) -> list[int]:
 
 
 def main(arguments: list[str]) -> None:
+    if wants_help(arguments):
+        return print(__doc__)
     own = OWN | dict(argument.split("=", 1) for argument in arguments if argument.partition("=")[0] in OWN)
     contexts, steps = whole_numbers("contexts", own["contexts"]), whole_numbers("steps", own["steps"])[0]
     config = model_config(load([argument for argument in arguments if argument.partition("=")[0] not in OWN]).model)

@@ -16,10 +16,13 @@ import time
 
 from v4train.config import load, settings
 from v4train.errors import ConfigError, refusing_bad_input
+from v4train.structured import wants_help
 from v4train.train.allocator import restart_tuned
 
 
 def main(arguments: list[str]) -> None:
+    if wants_help(arguments):
+        return print(__doc__)
     given = dict(argument.split("=", 1) for argument in arguments if argument.startswith("rounds="))
     rounds = given.get("rounds", "7")
     if not rounds.isdecimal() or int(rounds) == 0:

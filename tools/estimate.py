@@ -36,7 +36,7 @@ from v4train.errors import ConfigError, refusing_bad_input
 from v4train.estimation import read_work
 from v4train.model.config import ModelConfig, model_config
 from v4train.overrides import composed
-from v4train.structured import structured
+from v4train.structured import structured, wants_help
 
 FORMATS = ("table", "json")
 WIDTH = 140  # of tables that no terminal shows
@@ -68,6 +68,8 @@ class EstimateConfig:
 
 
 def main(arguments: list[str]) -> None:
+    if wants_help(arguments):
+        return print(__doc__)
     own = [word for word in arguments if word.lstrip("+~").startswith("estimate.")]
     overrides = [word for word in arguments if word not in own]
     options = structured(EstimateConfig, composed("estimate", own).estimate, "estimate")

@@ -13,13 +13,15 @@ import os
 import sys
 
 from v4train.errors import ConfigError, refusing_bad_input
-from v4train.structured import key_values
+from v4train.structured import key_values, wants_help
 
 DEFAULTS = {"run": "", "out": "", "dtype": "fp32", "max_shard_size": "5GB"}
 
 
 def main(arguments: list[str]) -> None:
     """Raises ConfigError."""
+    if wants_help(arguments):
+        return print(__doc__)
     given = DEFAULTS | key_values(arguments, DEFAULTS, "give run=runs/NAME out=exported/")
     if not given["run"]:
         raise ConfigError("run", "missing", "nothing says which model to export", "give run=runs/NAME")

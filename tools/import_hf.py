@@ -13,10 +13,13 @@ import os
 import sys
 
 from v4train.errors import ConfigError, refusing_bad_input
+from v4train.structured import wants_help
 
 
 def main(arguments: list[str]) -> None:
     """Raises ConfigError."""
+    if wants_help(arguments):
+        return print(__doc__)
     source, out, overrides = split(arguments)
     from v4train.hf.importing import command, import_model  # after the arguments: it takes seconds
     from v4train.train.progress import stages

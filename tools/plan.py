@@ -33,7 +33,7 @@ from v4train.model.rules import RECOMPUTE_LEVELS
 from v4train.overrides import composed
 from v4train.parallel.rules import check_layout_of
 from v4train.parallel.sizes import Sizes
-from v4train.structured import structured
+from v4train.structured import structured, wants_help
 
 FORMATS = ("table", "json")
 ROWS = (1, 2, 4, 8)  # of a micro-batch that are tried
@@ -97,6 +97,8 @@ class Plan:
 
 
 def main(arguments: list[str]) -> None:
+    if wants_help(arguments):
+        return print(__doc__)
     known = composed("plan", [])
     own = [word for word in arguments if word.lstrip("+~").partition("=")[0].partition(".")[0] in known]
     overrides = [word for word in arguments if word not in own]

@@ -5,8 +5,9 @@
     python tools/report.py 'compare=[runs/a,runs/b]' out=comparison/
     python tools/report.py 'compare=[runs/sweep_*]'                   # patterns are understood
 
-`run` is the folder of a run, finished or not; `compare` a list of such folders; `out` the folder that is written to,
-`report` in the run's own, or `comparison` here, unless given. Prints the page's path.
+`run` is the folder of a run, finished or not; `compare` a list of such folders, where a pattern stands for those of the
+matching folders that hold a run; `out` the folder that is written to, `report` in the run's own, or `comparison` here,
+unless given. Prints the page's path.
 """
 
 import glob
@@ -16,13 +17,15 @@ from pathlib import Path
 import yaml
 
 from v4train.errors import ConfigError, refusing_bad_input
-from v4train.structured import key_values
+from v4train.structured import key_values, wants_help
 
 KEYS = ("run", "compare", "out")
 
 
 def main(arguments: list[str]) -> None:
     """Raises ConfigError."""
+    if wants_help(arguments):
+        return print(__doc__)
     given = key_values(arguments, KEYS, "give run=runs/NAME, or compare=[runs/A,runs/B]")
     if ("run" in given) == ("compare" in given):
         raise ConfigError("run", given.get("run", "missing"), "one of run and compare is wanted", "give run=runs/NAME")
@@ -40,16 +43,26 @@ def main(arguments: list[str]) -> None:
 
 
 def folders(text: str) -> list[Path]:
-    """The run folders that `[a,b]` names; a name with wildcards stands for the folders that match it.
+    """The folders that `[a,b]` names; a name with wildcards stands for the matching ones that hold a run.
 
     Raises:
         ConfigError: it is no such list, or no folder is meant.
     """
+    from v4train.train.run_directory import RunDirectory
+
     try:
         names = yaml.safe_load(text if text.startswith("[") else f"[{text}]")
     except yaml.YAMLError as error:
         raise ConfigError("compare", text, "it is no list", "give compare=[runs/A,runs/B]") from error
-    found = [Path(path) for name in names for path in (sorted(glob.glob(str(name))) or [str(name)])]
+    found = []
+    for name in map(str, names):
+        if Path(name).is_dir() or not glob.has_magic(name):
+            found.append(Path(name))
+            continue
+        runs = [path for path in map(Path, sorted(glob.glob(name))) if RunDirectory(path).holds_run()]
+        if not runs:
+            raise ConfigError("compare", name, "no folder that matches it holds a run", "give e.g. compare=[runs/*]")
+        found += runs
     if not found:
         raise ConfigError("compare", text, "it names no run", "give compare=[runs/A,runs/B]")
     return found

@@ -27,6 +27,10 @@ SHARD_TOKENS = 100_000_000
 
 def main(arguments: list[str]) -> None:
     """Raises ConfigError."""
+    from v4train.structured import wants_help
+
+    if wants_help(arguments):
+        return print(__doc__)
     from v4train.config import load, settings
     from v4train.data.bulk import tokenize_source
     from v4train.data.texts import find_tokenizer
@@ -64,12 +68,12 @@ class Display:
     """A progress bar on a terminal, elsewhere a line for each shard; as a context manager around the work."""
 
     def __init__(self, out: str) -> None:
-        import logging
-
         from rich import progress
-        from rich.logging import RichHandler
 
-        terminal = sys.stdout.isatty()
+        from v4train.terminal import console, on_terminal
+        from v4train.train.progress import setup_logging
+
+        setup_logging(None, rank=0)  # a tokenizer trained, bad records left out
         self.out, self._started, self._shards = out, 0.0, None
         self._bar = progress.Progress(
             progress.TextColumn("tokenise"),
@@ -77,14 +81,11 @@ class Display:
             progress.TaskProgressColumn(),
             progress.TextColumn("{task.fields[figures]}", markup=False),
             progress.TimeRemainingColumn(),
-            disable=not terminal,
+            console=console,
+            disable=not on_terminal(),
             expand=True,
         )
         self._task = self._bar.add_task("tokenise", total=None, figures="")
-        above_the_bar = RichHandler(console=self._bar.console, show_time=False, show_path=False)
-        logger = logging.getLogger("v4train")  # a tokenizer trained, bad records left out
-        logger.addHandler(above_the_bar if terminal else logging.StreamHandler())
-        logger.setLevel(logging.INFO)
 
     def __enter__(self) -> "Display":
         self._started = time.monotonic()

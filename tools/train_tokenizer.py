@@ -12,14 +12,19 @@ import sys
 from v4train.config import load, settings
 from v4train.data.texts import find_tokenizer
 from v4train.errors import ConfigError, refusing_bad_input
+from v4train.structured import wants_help
+from v4train.train.progress import setup_logging
 
 
 def main(arguments: list[str]) -> None:
+    if wants_help(arguments):
+        return print(__doc__)
     out = [argument.removeprefix("out=") for argument in arguments if argument.startswith("out=")]
     if len(out) != 1 or not out[0]:
         raise ConfigError("out", out, "exactly one file to write is needed", "give out=tokenizer.json")
     checked = settings(load([argument for argument in arguments if not argument.startswith("out=")]))
     sources = checked.data.named_sources
+    setup_logging(None, rank=0)
     tokenizer = find_tokenizer(checked.tokenizer, sources)
     tokenizer.save(out[0])
     print(f"{out[0]}: {tokenizer.vocab_size} entries for {', '.join(sources)}")

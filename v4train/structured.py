@@ -54,6 +54,11 @@ def key_values(arguments: Iterable[str], known: Iterable[str], example: str) -> 
     return given
 
 
+def wants_help(arguments: Iterable[str]) -> bool:
+    """Whether a program's arguments ask what it is for: it then prints its docstring, and does nothing else."""
+    return not {"-h", "--help"}.isdisjoint(arguments)
+
+
 def _check_keys(kind: type, values: dict[str, Any], prefix: str) -> None:
     known = {field.name: field.type for field in fields(kind)}
     for key, value in values.items():

@@ -13,6 +13,7 @@ import pytest
 
 from tests.distributed.launch import ROOT
 from tests.runs import STEPS, checkpoint_digests, losses, tiny
+from tests.wandb_reader import ending, history, offline_files, read_run
 from v4train.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
@@ -53,9 +54,9 @@ def finished(base) -> tuple[Path, subprocess.CompletedProcess]:
 
 def test_it_leaves_everything_a_run_promises(finished):
     folder, _ = finished
-    for name in ("config.yaml", "summary.json", "samples.txt", "log.txt", "tokenizer.json", "report/loss.png"):
+    for name in ("config.yaml", "summary.json", "samples.txt", "log.txt", "tokenizer.json", "report/index.html"):
         assert (folder / name).stat().st_size > 0, name
-    assert (folder / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "report" / "loss_by_tokens.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert (folder / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").is_file()
 
@@ -171,7 +172,7 @@ def test_hydra_shows_the_configuration(base):
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
 def test_a_signal_saves_and_the_same_command_continues_bitwise(finished, base, number):
     name = f"signalled_{number}"
-    overrides = tiny(base, name, "train.validate_every=4", "train.max_steps=400")
+    overrides = tiny(base, name, "train.validate_every=4", "train.max_steps=400", "tracking.mode=offline")
     process = subprocess.Popen(
         command(*overrides), cwd=base, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -189,6 +190,7 @@ def test_a_signal_saves_and_the_same_command_continues_bitwise(finished, base, n
     assert "stopped by a signal" in output
     stopped = max(record["step"] for record in read_metrics(metrics))
     assert stopped < 400
+    assert ending(read_run(*offline_files(base / name))) == (True, 75)
 
     # Further steps of the same run, against a run that nobody disturbed.
     further = stopped + 3
@@ -198,6 +200,24 @@ def test_a_signal_saves_and_the_same_command_continues_bitwise(finished, base, n
     assert pretrain(*undisturbed, cwd=base).returncode == 0
     assert losses(base, name) == losses(base, whole)
     assert checkpoint_digests(base, name, further) == checkpoint_digests(base, whole, further)
+
+
+def test_a_run_that_fails_is_marked_as_failed(base):
+    """The rank that keeps W&B's run is told by torchrun to end while it learns of the other's failure."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = ["-m", "tests.distributed.failing_worker", *tiny(base, "failed", "tracking.mode=offline")]
+    result = subprocess.run(
+        [*torchrun, *program],
+        cwd=base,
+        env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert result.returncode == 1 and "a fault of rank 1" in result.stderr
+    records = read_run(*offline_files(base / "failed"))
+    assert ending(records) == (False, 1)
+    assert [row["step"] for row in history(records)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.exhaustive)])

@@ -2,8 +2,12 @@
 
 import base64
 import html
+import json
 import math
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +36,15 @@ def cells(page: str, table: str) -> list[list[str]]:
     return [[html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)] for row in rows]
 
 
+def names_in(out: Path) -> set[str]:
+    return {path.stem for path in out.glob("*.png")}
+
+
+def change_metrics(run: Path, change: Callable[[dict], dict]) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(change(json.loads(line))) + "\n" for line in lines))
+
+
 def pictures_of(page: str) -> list[bytes]:
     return [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
 
@@ -49,8 +62,46 @@ def test_curves_hold_the_records(folder):
 
 def test_hours_count_the_steps_that_were_not_logged(folder):
     run = read_run(folder / "low")
-    every_fifth = type(run)(run.name, run.config, run.steps[4::5], run.validations, "")
+    config = run.config | {"train": run.config["train"] | {"log_every": 5}}
+    every_fifth = replace(run, config=config, steps=run.steps[4::5])
     np.testing.assert_allclose(every_fifth.clock[1], 2.5 * np.arange(1, 13) / 3600)
+
+
+@pytest.mark.parametrize(("log_every", "first"), [(1, 31), (10, 40)])
+def test_hours_of_a_run_that_started_from_another_one_are_its_own(log_every, first, folder):
+    """It has the steps 31 to 60."""
+    run = read_run(folder / "low")
+    config = run.config | {"train": run.config["train"] | {"log_every": log_every}}
+    later = replace(run, config=config, steps=run.steps[first - 1 :: log_every])
+    np.testing.assert_allclose(later.clock[1][[0, -1]], np.array([first - 30, 30]) * 0.5 / 3600)
+
+
+def test_losses_that_are_no_numbers_are_events_and_said(folder, tmp_path):
+    path = make_run(tmp_path, "some")
+    change_metrics(path, lambda record: record | {"loss": "nan"} if record["step"] in (7, 9) else record)
+    assert read_run(path).events[:3] == [(7, "loss not finite"), (7, "update skipped"), (9, "loss not finite")]
+    text = report(path, tmp_path / "some").read_text()
+    assert dict(cells(text, "final"))["loss not finite"] == "in 2 of 60 steps, first in 7"
+    assert "some: not every training" in text and "loss_by_step" in names_in(tmp_path / "some")
+
+
+def test_a_run_without_a_single_finite_loss_has_a_page_that_says_so(folder, tmp_path):
+    path = make_run(tmp_path, "lost")
+    change_metrics(path, lambda record: {key: "nan" if "loss" in key else x for key, x in record.items()})
+    text = report(path, tmp_path / "one").read_text()
+    assert "lost: no training" in text and "No step was logged" not in text
+    assert not {"loss_by_step", "loss_by_tokens", "loss_by_time"} & names_in(tmp_path / "one")
+    both = compare([path, folder / "low"], tmp_path / "both").read_text()
+    assert "lost: no training" in both and "low: " not in both
+
+
+def test_lines_without_tokens_have_a_page(tmp_path):
+    path = make_run(tmp_path, "bare")
+    change_metrics(path, lambda record: {key: x for key, x in record.items() if key != "tokens"})
+    final = dict(cells(report(path, tmp_path / "out").read_text(), "final"))
+    assert "tokens" not in final and final["steps"] == "60" and final["tokens/s (median)"] == "4,096"
+    drawn = names_in(tmp_path / "out")
+    assert {"loss_by_step", "loss_by_time", "memory"} < drawn and "loss_by_tokens" not in drawn
 
 
 def test_the_page_of_a_run(folder, tmp_path):
@@ -105,6 +156,39 @@ def test_every_run_of_a_comparison_has_its_curve(folder):
     assert list(PICTURES["memory"].draw(runs).axes[0].lines[0].get_ydata()) == [1 + n / 60 for n in range(1, 61)]
 
 
+def test_the_loss_of_a_run_holds_the_records(folder):
+    (axes,) = PICTURES["loss_by_tokens"].draw([read_run(folder / "low")]).axes
+    raw, smoothed, validation, unigram = axes.lines
+    steps = np.arange(1, 61)
+    np.testing.assert_allclose(raw.get_xydata(), np.stack([2048 * steps, 3 + 5 * np.exp(-steps / 10)], 1))
+    assert list(validation.get_xdata()) == [2048 * n for n in (20, 40, 60)] and list(unigram.get_ydata()) == [6.0] * 2
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    last = f"training (last {raw.get_ydata()[-1]:.3f}, smoothed {smoothed.get_ydata()[-1]:.3f})"
+    assert labels == [last, "validation (last 3.000)", "unigram entropy (6.000)"]
+
+
+@pytest.mark.parametrize("name", ["loss_by_step", "memory"])
+def test_the_runs_of_a_sweep_can_be_told_apart(name, folder):
+    """3 x 4 runs whose names share a head and a tail longer than what a legend has room for."""
+    swept = [(optimizer, seed) for optimizer in ("adamw", "lion", "muon") for seed in range(1, 5)]
+    tail = "train.max_steps=100000_train.validation_tokens=96"
+    low = read_run(folder / "low")
+    runs = [replace(low, name=f"flash_small_optimizer={what}_seed={seed}_{tail}") for what, seed in swept]
+    figure = PICTURES[name].draw(runs)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert {text.get_text() for text in legend.get_texts()} == {f"optimizer={what}_seed={n}" for what, n in swept}
+    assert len({(line.get_color(), line.get_linestyle()) for line in legend.get_lines()}) == 12
+    box, below = legend.get_window_extent(), axes.get_tightbbox(for_layout_only=True)
+    assert box.y1 <= axes.xaxis.get_tightbbox().y0 and box.y0 >= 0  # below the axes, inside the picture
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and below.y0 >= 0
+    few = PICTURES[name].draw(runs[:6])
+    few.canvas.draw()
+    heights = [each.axes[0].get_window_extent().height for each in (few, figure)]
+    assert heights[0] == pytest.approx(heights[1]) and few.axes[0].get_legend().get_window_extent().y0 > 0
+
+
 def test_events_and_phases_are_drawn(folder):
     run = read_run(folder / "low")
     (axes,) = PICTURES["gradient_norm"].draw([run]).axes
@@ -131,7 +215,8 @@ def test_parts_of_the_time_and_layers_are_drawn(folder):
 def test_a_run_without_steps_has_a_page(folder, tmp_path):
     text = report(folder / "unstarted", tmp_path / "one").read_text()
     assert dict(cells(text, "final")) == {"steps": "0"} and len(pictures_of(text)) == 1  # the attention mix
-    assert "No step was logged" in compare([folder / "unstarted"], tmp_path / "two").read_text()
+    compared = compare([folder / "unstarted"], tmp_path / "two").read_text()
+    assert "No step was logged" in compared and "<title>1 run</title>" in compared
 
 
 def test_pictures_of_an_earlier_report_go(folder, tmp_path):

@@ -26,7 +26,20 @@ def test_a_run_and_a_comparison(tmp_path):
     assert "<title>2 runs</title>" in page and "sweep_a" in page and "sweep_b" in page
 
 
-@pytest.mark.parametrize("bad", [["run=nowhere"], ["compare=[nowhere]"], [], ["rum=x"], ["compare=[a"], ["compare=[]"]])
+def test_a_pattern_leaves_out_folders_that_hold_no_run(tmp_path):
+    make_run(tmp_path / "runs", "a")
+    (tmp_path / "runs" / "b" / "logs").mkdir(parents=True)
+    (tmp_path / "runs" / "notes.txt").write_text("no folder")
+    result = run_tool("compare=[runs/*]", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "<title>1 run</title>" in (tmp_path / "comparison" / "index.html").read_text()
+    named = run_tool("compare=[runs/a,runs/b]", cwd=tmp_path)
+    assert named.returncode == 2 and "runs/b: the folder holds no run" in named.stderr
+
+
+@pytest.mark.parametrize(
+    "bad", [["run=nowhere"], ["compare=[nowhere]"], ["compare=[no*]"], [], ["rum=x"], ["compare=[a"], ["compare=[]"]]
+)
 def test_bad_input_is_one_line_and_code_2(bad, tmp_path):
     result = run_tool(*bad, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")

@@ -1,14 +1,13 @@
 """Output is checked where it ends up: captured standard output, log.txt, and a real pseudo-terminal."""
 
 import logging
-import os
-import pty
 import subprocess
 import sys
 
 import pytest
 
-from v4train.train.progress import Progress, format_duration, setup_logging, start_table
+from tests.pseudo_terminal import on_a_terminal
+from v4train.train.progress import Progress, setup_logging, start_table
 
 logger = logging.getLogger("v4train")
 
@@ -98,24 +97,6 @@ logger.error("finished")
 """
 
 
-def on_a_terminal(program: str, *arguments: str) -> tuple[int, str]:
-    """Exit code of a program of Python and what it shows."""
-    terminal, end_of_program = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdout=end_of_program, stderr=end_of_program, env=environment
-    )
-    os.close(end_of_program)
-    shown = b""
-    try:
-        while piece := os.read(terminal, 65536):
-            shown += piece
-    except OSError:  # Linux's way of saying that the other end is closed
-        pass
-    os.close(terminal)
-    return process.wait(), shown.decode()
-
-
 @pytest.mark.timeout(60)
 def test_a_terminal_gets_a_bar_and_the_log_file_stays_plain(tmp_path):
     code, text = on_a_terminal(PROGRAM, str(tmp_path))
@@ -142,10 +123,3 @@ def test_stages_are_a_spinner_on_a_terminal_and_lines_elsewhere():
     assert code == 0 and "\x1b[" in text and "reading [model]\n" not in text.replace("\r", "")
     piped = subprocess.run([sys.executable, "-c", STAGES], capture_output=True, text=True, timeout=50)
     assert (piped.returncode, piped.stdout, piped.stderr) == (0, "", "reading [model]\nwriting\n")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (90061, "1d 01:01:01")]
-)
-def test_format_duration(seconds, text):
-    assert format_duration(seconds) == text

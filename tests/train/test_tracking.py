@@ -17,11 +17,12 @@ import omegaconf
 import psutil
 import pytest
 import wandb
-from wandb.util import get_core_path
 
 import v4train
 from tests.train.wandb_service import Service
+from tests.wandb_reader import ending, history, of_type, offline_files, read_run
 from v4train.errors import ConfigError
+from v4train.train.signals import REQUEUE
 from v4train.train.tracking import Tracker, TrackingConfig
 
 CONFIG = {"model": {"num_layers": 2, "attention_mix": ["swa", "csa"]}, "seed": 1}
@@ -33,25 +34,6 @@ def tracking_config(**changes) -> TrackingConfig:
     return TrackingConfig(
         **{**omegaconf.OmegaConf.to_container(shipped, resolve=True), "system_metrics": False} | changes
     )
-
-
-def read_run(path: Path) -> list[dict]:
-    """The records of a .wandb file, each {"type": t, t: {...}}."""
-    reader = [get_core_path(), "leet", "inspect", "-no-observability", "-json", "-run-file", str(path)]
-    lines = subprocess.run(reader, capture_output=True, check=True, text=True, timeout=60).stdout.splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def of_type(records: list[dict], kind: str) -> list[dict]:
-    return [record[kind] for record in records if record["type"] == kind]
-
-
-def history(records: list[dict]) -> list[dict]:
-    return [row["item"] for row in of_type(records, "history")]
-
-
-def offline_files(run_dir: Path) -> list[Path]:
-    return sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
 
 
 def warnings(caplog) -> list[str]:
@@ -161,14 +143,41 @@ def test_artifacts_are_kept_if_asked_for(tmp_path):
     assert base64.b64decode(weights["digest"]) == hashlib.md5(b"weights").digest()
 
 
+@pytest.mark.parametrize("code", [0, 1, REQUEUE])
+def test_how_the_program_ended_is_in_the_run(code, tmp_path):
+    tracker = Tracker(tracking_config(), tmp_path, "name", CONFIG, run_id=None)
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.finish(code)
+    tracker.finish(1)  # the first end holds
+    assert ending(read_run(offline_files(tmp_path)[0])) == (code == REQUEUE, code)
+
+
+VARIABLES = {"ENTITY": "team", "PROJECT": "mine", "RUN_GROUP": "seeds", "TAGS": "x,y", "NOTES": "from outside"}
+VARIABLES |= {"JOB_TYPE": "ablation", "NAME": "shown", "RUN_ID": "given1"}
+
+
 def test_variables_of_wandb_hold_where_the_configuration_says_nothing(tmp_path, monkeypatch):
-    for name, value in {"PROJECT": "mine", "RUN_GROUP": "seeds", "TAGS": "x,y", "NOTES": "from outside"}.items():
+    for name, value in VARIABLES.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     tracker = Tracker(tracking_config(), tmp_path, "name", CONFIG, run_id=None)
     tracker.finish()
     run = of_type(read_run(offline_files(tmp_path)[0]), "run")[0]
-    assert (run["project"], run["run_group"], run["notes"]) == ("mine", "seeds", "from outside")
+    assert (run["entity"], run["project"], run["run_group"], run["notes"]) == ("team", "mine", "seeds", "from outside")
     assert sorted(run["tags"]) == ["x", "y"]
+    assert (run["job_type"], run["display_name"], run["run_id"]) == ("ablation", "shown", "given1")
+
+
+def test_variables_of_wandb_that_a_run_fixes(tmp_path, monkeypatch, capfd):
+    """Folder and way of resuming; the id where the run has one; nothing is said on the terminal."""
+    fixed = {"DIR": str(tmp_path / "elsewhere"), "RESUME": "never", "RUN_ID": "given1", "SILENT": "false"}
+    for name, value in (fixed | {"CONSOLE": "wrap", "DISABLED": "true"}).items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    tracker = Tracker(tracking_config(), tmp_path, "name", CONFIG, run_id="known1")
+    tracker.finish()
+    (file,) = offline_files(tmp_path)
+    run = of_type(read_run(file), "run")[0]
+    assert run["run_id"] == tracker.run_id == "known1" and not (tmp_path / "elsewhere").exists()
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("answers", [False, True])

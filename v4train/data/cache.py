@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from v4train.durable import sha256_of, sync_file
 from v4train.errors import ConfigError
+from v4train.terminal import Work
 
 MANIFEST = "manifest.json"
 
@@ -56,7 +57,8 @@ def _acquire(root: Path, name: str) -> FileLock:
         except Timeout:
             started = time.monotonic()
             logger.info("waiting for another process that is making %s", root / name)
-            lock.acquire()
+            with Work(f"waiting for {name}"):
+                lock.acquire()
             logger.info("%s was made in %.1f s", root / name, time.monotonic() - started)
     except OSError as error:
         raise _not_writable(root, error) from error

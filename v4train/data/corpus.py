@@ -28,6 +28,7 @@ from v4train.data.streams import IndexedStream, Lane, Stream, TextStream
 from v4train.data.texts import SHARDS, STREAMED, find_tokenizer
 from v4train.data.tokenizer import Tokenizer, TokenizerConfig
 from v4train.errors import ConfigError
+from v4train.terminal import Work
 
 _RECIPE = 2  # part of the cache key: raise it when a change here alters the files
 _CHUNK_BYTES = 16 << 20  # text tokenised at a time
@@ -244,9 +245,10 @@ def _open_files(
     def build(folder: Path) -> None:
         """From the first files on; problems are reported when training meets them again."""
         quiet = Reading(config.column, config.max_document_bytes, retry, Problems(config.on_error))
-        texts = (text for file in files for text, _ in read_records(file, quiet))
-        apart = (text for text in texts if held_out(document_hash(text), config.validation_fraction))
-        found = _collected((_ids(tokenizer, text) for text in apart), validation_tokens)
+        with Work(f"reading what {name} holds out") as work:
+            texts = work.counted(text for file in files for text, _ in read_records(file, quiet))
+            apart = (text for text in texts if held_out(document_hash(text), config.validation_fraction))
+            found = _collected((_ids(tokenizer, text) for text in apart), validation_tokens)
         if not found.num_documents:
             rule = f"source {name} has no document to hold out"
             raise ConfigError("data.validation_fraction", config.validation_fraction, rule, "make it larger")
@@ -289,8 +291,10 @@ def tokenized(
 
     def build(folder: Path) -> None:
         started = time.monotonic()
-        train = _write(folder, "train", documents.train, tokenizer)
-        validation = _write(folder, "validation", documents.validation, tokenizer)
+        size = sum(document.stop - document.start for document in (*documents.train, *documents.validation))
+        with Work(f"tokenising {documents.source}", size) as work:
+            train = _write(folder, "train", documents.train, tokenizer, work)
+            validation = _write(folder, "validation", documents.validation, tokenizer, work)
         seconds = time.monotonic() - started
         logger.info("%s: %d training and %d validation tokens in %.1f s", documents.source, train, validation, seconds)
 
@@ -299,29 +303,31 @@ def tokenized(
     return _map(folder, "train"), _map(folder, "validation"), fingerprint
 
 
-def _write(folder: Path, side: str, documents: Iterable[Document], tokenizer: Tokenizer) -> int:
+def _write(folder: Path, side: str, documents: Iterable[Document], tokenizer: Tokenizer, work: Work) -> int:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     lengths = []
     with (folder / f"{side}.tokens").open("wb") as file:
-        for texts in _chunks(documents):
+        for texts, size in _chunks(documents):
             for ids in tokenizer.encode_batch(texts):
                 np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(dtype).tofile(file)
                 lengths.append(len(ids) + 2)
+            work.advance(size)
     np.save(folder / f"{side}.offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     (folder / f"{side}.json").write_text(json.dumps({"dtype": dtype.str, "tokens": sum(lengths)}))
     return sum(lengths)
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[str]]:
+def _chunks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
+    """Texts of some documents, and the bytes of their files."""
     texts, size = [], 0
     for document in documents:
         texts.append(document.read())
         size += document.stop - document.start
         if size >= _CHUNK_BYTES:
-            yield texts
+            yield texts, size
             texts, size = [], 0
     if texts:
-        yield texts
+        yield texts, size
 
 
 def _map(folder: Path, side: str) -> TokenizedDocuments:

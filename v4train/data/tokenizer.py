@@ -18,6 +18,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from v4train.data.cache import cached_folder
 from v4train.errors import ConfigError
+from v4train.terminal import Work
 
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>", "<fim_begin>", "<fim_hole>", "<fim_end>")  # ids 0 to 5 of our own
 _BYTES = 256
@@ -236,7 +237,9 @@ def cached_tokenizer(config: TokenizerConfig, fingerprint: str, texts: Callable[
 
     def build(folder: Path) -> None:
         started = time.monotonic()
-        tokenizer = train_tokenizer(first_bytes(texts(), config.train_bytes), config.vocab_size)
+        with Work("training the tokenizer") as work:  # what is read first is counted, merges come after that
+            chosen = work.counted(first_bytes(texts(), config.train_bytes))
+            tokenizer = train_tokenizer(chosen, config.vocab_size)
         tokenizer.save(folder / "tokenizer.json")
         seconds = time.monotonic() - started
         logger.info("tokenizer: %d entries trained in %.1f s", tokenizer.vocab_size, seconds)

@@ -1,23 +1,21 @@
-"""The pictures of a run's course, of one run or of several over each other: functions from runs to a figure.
+"""Curves of a run's figures, of one run or of several over each other: functions from runs to a figure.
 
 A function returns None where no run has anything to draw.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from v4train.report.loss import SMOOTHING_SHARE, smooth
+from v4train.report.names import short_names
 from v4train.report.runs import Curve, Run
-from v4train.report.style import COLORS, REFERENCE, finish, line_style, new_figure
-from v4train.train.step_times import PARTS
+from v4train.report.smoothing import SMOOTHING_SHARE, smooth
+from v4train.report.style import COLORS, REFERENCE, finish, line_style, marker_style, new_figure
 
 SHADES = ("#f1f5f9", "#e2e8f0")  # of phases, in turn
-NAME_LENGTH = 40
 SHORT = 1.0  # hours of a run below which minutes are shown
 
 
@@ -29,32 +27,43 @@ class Picture(NamedTuple):
 
 def draw_loss(runs: list[Run], by: str) -> Figure | None:
     """Training (smoothed) and validation; of a single run the raw values and the unigram entropy as well."""
-    if not any(len(run.curve("loss")[0]) for run in runs):
+    if not any(len(run.training_loss(by)[0]) for run in runs):
         return None
-    figure, (axes,) = new_figure()
-    minutes = by == "hours" and max(run.clock[1].max(initial=0) for run in runs) < SHORT
-    for color, run in _colored(runs):
-        x, raw = run.curve("lm_loss", by)
-        if not len(x):
-            x, raw = run.curve("loss", by)
-        if not len(x):
-            continue
-        if len(runs) == 1:
-            axes.plot(x, raw, color=color, alpha=0.25, linewidth=0.8)
-        smoothed = smooth(raw, SMOOTHING_SHARE * len(raw))
-        label = "training" if len(runs) == 1 else _short(run.name)
-        axes.plot(x, smoothed, color=color, linewidth=1.6, label=label, **line_style(len(x)))
-        of_validation = COLORS[1] if len(runs) == 1 else color
-        label = "validation" if len(runs) == 1 else None
-        axes.plot(*run.curve("val_loss", by), "o:", color=of_validation, markersize=4, linewidth=1, label=label)
-        if len(runs) == 1 and run.validations:
-            entropy = run.validations[-1].get("unigram_entropy")
-            if entropy is not None:
-                axes.axhline(entropy, color=REFERENCE, linestyle="--", linewidth=1, label="unigram entropy")
-    if minutes:
+    figure, axes = new_figure()
+    if len(runs) == 1:
+        _draw_losses_of_one(axes, runs[0], by)
+    else:
+        for number, (run, name) in enumerate(zip(runs, short_names([run.name for run in runs]), strict=True)):
+            x, smoothed = _smoothed(run.training_loss(by))
+            axes.plot(
+                x, smoothed, linewidth=1.6, label=name if len(x) else None, **line_style(number), **marker_style(len(x))
+            )
+            axes.plot(*run.curve("val_loss", by), marker="o", markersize=4, linewidth=0.8, **line_style(number))
+    if by == "hours" and max(run.clock[1].max(initial=0) for run in runs) < SHORT:
+        by = "minutes"
         axes.xaxis.set_major_formatter(lambda hours, _: f"{60 * hours:.3g}")
-    finish([axes], ["nats per token"], "minutes" if minutes else by)
+    finish(axes, "nats per token", by)
     return figure
+
+
+def _draw_losses_of_one(axes: Axes, run: Run, by: str) -> None:
+    x, raw = run.training_loss(by)
+    _, smoothed = _smoothed((x, raw))
+    axes.plot(x, raw, color=COLORS[0], alpha=0.25, linewidth=0.8)
+    label = f"training (last {raw[-1]:.3f}, smoothed {smoothed[-1]:.3f})"
+    axes.plot(x, smoothed, color=COLORS[0], linewidth=1.6, label=label, **marker_style(len(x)))
+    x, losses = run.curve("val_loss", by)
+    if len(x):
+        label = f"validation (last {losses[-1]:.3f})"
+        axes.plot(x, losses, "o:", color=COLORS[1], markersize=4, linewidth=1, label=label)
+    entropy = run.validations[-1].get("unigram_entropy") if run.validations else None
+    if entropy is not None:
+        label = f"unigram entropy ({entropy:.3f})"
+        axes.axhline(entropy, color=REFERENCE, linestyle="--", linewidth=1, label=label)
+
+
+def _smoothed(curve: Curve) -> Curve:
+    return curve[0], smooth(curve[1], SMOOTHING_SHARE * len(curve[1]))
 
 
 def draw_schedule(runs: list[Run]) -> Figure | None:
@@ -79,50 +88,29 @@ def draw_gradient_norm(runs: list[Run]) -> Figure | None:
     for color, what in zip(COLORS[1:], kinds, strict=False):
         steps = [step for step, name in runs[0].events if name == what]
         axes.plot(steps, [0.02] * len(steps), "^", color=color, label=what, transform=axes.get_xaxis_transform())
-    finish([axes], ["gradient norm"])
+    finish(axes, "gradient norm")
     return drawn
-
-
-def draw_time_parts(runs: list[Run]) -> Figure | None:
-    """Share of each part in a step's time, stacked (one run)."""
-    (run,) = runs
-    records = [r for r in run.steps if all(f"{part}_seconds" in r for part in PARTS) and r.get("step_seconds")]
-    if not records:
-        return None
-    figure, (axes,) = new_figure()
-    shares = [np.array([100 * r[f"{part}_seconds"] / r["step_seconds"] for r in records]) for part in PARTS]
-    shares = [smooth(share, SMOOTHING_SHARE * len(share)) for share in shares]
-    shares.append(np.maximum(0, 100 - sum(shares)))  # the rest
-    steps = [record["step"] for record in records]
-    axes.stackplot(steps, shares, labels=[*PARTS, "other"], colors=[*COLORS[: len(PARTS)], "#cbd5e1"], alpha=0.85)
-    axes.set_ylim(0, 100)
-    finish([axes], ["% of a step"])
-    return figure
 
 
 def draw_lines(runs: list[Run], keys: dict[str, str], label: str, log: bool = False) -> Figure | None:
     """Curves by step of some keys (with their labels, for one run), or of the first one for each of several runs."""
     if len(runs) > 1:
         key = next(iter(keys))
-        curves = [(color, _short(run.name), run.curve(key)) for color, run in _colored(runs)]
+        named = zip(short_names([run.name for run in runs]), [run.curve(key) for run in runs], strict=True)
     else:
-        curves = [(color, of, runs[0].curve(key)) for color, (key, of) in zip(COLORS, keys.items(), strict=False)]
-    curves = [curve for curve in curves if len(curve[2][0])]
+        named = ((of, runs[0].curve(key)) for key, of in keys.items())
+    curves = [(number, name, curve) for number, (name, curve) in enumerate(named) if len(curve[0])]
     if not curves:
         return None
-    figure, (axes,) = new_figure()
-    for color, of, curve in curves:
-        _line(axes, curve, color, of)
+    figure, axes = new_figure()
+    for number, name, (x, values) in curves:
+        axes.plot(x, values, linewidth=1.3, label=name or None, **line_style(number), **marker_style(len(x)))
     if log and all((curve[1] > 0).any() for *_, curve in curves):
         axes.set_yscale("log")
     else:
         axes.ticklabel_format(axis="y", scilimits=(-2, 5))
-    finish([axes], [label])
+    finish(axes, label)
     return figure
-
-
-def _line(axes: Axes, curve: Curve, color: str, label: str) -> None:
-    axes.plot(*curve, color=color, linewidth=1.3, label=label or None, **line_style(len(curve[0])))
 
 
 def _stretches(run: Run) -> list[tuple[float, float, str]]:
@@ -137,15 +125,6 @@ def _stretches(run: Run) -> list[tuple[float, float, str]]:
             found.append([record["step"], record["step"], label, record.get("phase")])
     ends = [of[0] for of in found[1:]] + [of[1] for of in found[-1:]]
     return [(of[0], end, of[2]) for of, end in zip(found, ends, strict=True)]
-
-
-def _colored(runs: list[Run]) -> Iterable[tuple[str, Run]]:
-    return ((COLORS[i % len(COLORS)], run) for i, run in enumerate(runs))
-
-
-def _short(name: str) -> str:
-    """The end of a long name tells the runs of a sweep apart."""
-    return name if len(name) <= NAME_LENGTH else f"...{name[-NAME_LENGTH:]}"
 
 
 def _lines(keys: dict[str, str], label: str) -> Callable[[list[Run]], Figure | None]:

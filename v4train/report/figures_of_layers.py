@@ -9,12 +9,31 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from v4train.model.mix import expand_mix
-from v4train.report.figures import Picture, draw_time_parts
+from v4train.report.figures import Picture
 from v4train.report.runs import Run
+from v4train.report.smoothing import SMOOTHING_SHARE, smooth
 from v4train.report.style import COLORS, finish, new_figure
+from v4train.train.step_times import PARTS
 
 ROW = 16  # layers in a row of the attention mix
 KIND_COLORS = dict(zip(("swa", "csa", "hca", "dsa", "mla", "gqa", "mha", "mqa"), COLORS, strict=True))
+
+
+def draw_time_parts(runs: list[Run]) -> Figure | None:
+    """Share of each part in a step's time, stacked (one run)."""
+    (run,) = runs
+    records = [r for r in run.steps if all(f"{part}_seconds" in r for part in PARTS) and r.get("step_seconds")]
+    if not records:
+        return None
+    figure, axes = new_figure()
+    shares = [np.array([100 * r[f"{part}_seconds"] / r["step_seconds"] for r in records]) for part in PARTS]
+    shares = [smooth(share, SMOOTHING_SHARE * len(share)) for share in shares]
+    shares.append(np.maximum(0, 100 - sum(shares)))  # the rest
+    steps = [record["step"] for record in records]
+    axes.stackplot(steps, shares, labels=[*PARTS, "other"], colors=[*COLORS[: len(PARTS)], "#cbd5e1"], alpha=0.85)
+    axes.set_ylim(0, 100)
+    finish(axes, "% of a step")
+    return figure
 
 
 def draw_attention_mix(runs: list[Run]) -> Figure | None:
@@ -23,7 +42,7 @@ def draw_attention_mix(runs: list[Run]) -> Figure | None:
     words = expand_mix(run.config["model"]["attention_mix"])
     kinds = [word.partition(":")[0] for word in words]
     rows = -(-len(kinds) // ROW)
-    figure, (axes,) = new_figure(height=0.9 + 0.34 * rows)
+    figure, axes = new_figure(height=0.9 + 0.34 * rows)
     for layer, kind in enumerate(kinds):
         place = (layer % ROW, rows - 1 - layer // ROW)
         axes.add_patch(Rectangle(place, 0.92, 0.88, color=KIND_COLORS[kind]))
@@ -42,7 +61,7 @@ def draw_expert_load(runs: list[Run]) -> Figure | None:
     if not loads:
         return None
     table = np.array(list(loads.values()), dtype=float)
-    figure, (axes,) = new_figure(height=1.6 + 0.22 * min(len(table), 20))
+    figure, axes = new_figure(height=1.6 + 0.22 * min(len(table), 20))
     axes.grid(False)
     norm = TwoSlopeNorm(1.0, 0.0, max(2.0, table.max()))
     image = axes.imshow(table, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
@@ -51,7 +70,7 @@ def draw_expert_load(runs: list[Run]) -> Figure | None:
     axes.set_yticks(range(0, len(names), every), names[::every], fontsize=8)
     figure.subplots_adjust(left=0.2)
     figure.colorbar(image, ax=axes, label="load / mean")
-    finish([axes], [""])
+    finish(axes, "")
     axes.set_xlabel("expert", fontsize=9)
     return figure
 
@@ -67,14 +86,14 @@ def draw_layers(runs: list[Run], figure_of_layer: str, label: str) -> Figure | N
     curves = {name: rows for name, rows in curves.items() if rows}
     if not curves:
         return None
-    figure, (axes,) = new_figure()
+    figure, axes = new_figure()
     for number, (name, rows) in enumerate(curves.items()):
         shade = 0.25 + 0.75 * number / max(1, len(curves) - 1)
         shown = name if number in (0, len(curves) - 1) or len(curves) <= 5 else None
         axes.plot(*zip(*rows, strict=True), "o-", color=COLORS[0], alpha=shade, linewidth=1, markersize=2, label=shown)
     if all(value > 0 for rows in curves.values() for _, value in rows):
         axes.set_yscale("log")
-    finish([axes], [label])
+    finish(axes, label)
     return figure
 
 

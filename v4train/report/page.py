@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from v4train import durable
 from v4train.report.runs import Run
-from v4train.train.progress import format_duration
+from v4train.terminal import format_duration
 from v4train.train.step_times import PARTS
 
 PAGE = "index.html"
@@ -34,7 +34,7 @@ def write_page(out: Path, runs: list[Run], shown: list[Shown], different: dict[s
     names = list(dict.fromkeys(name for of in figures for name in of))
     pictures = [(of.title, of.caption, base64.b64encode(of.path.read_bytes()).decode()) for of in shown]
     text = environment.get_template("page.html").render(
-        title=runs[0].name if different is None else f"{len(runs)} runs",
+        title=runs[0].name if different is None else f"{len(runs)} run{'s' * (len(runs) > 1)}",
         model=runs[0].config["model"].get("name", "") if different is None else "",
         runs=runs,
         names=names,
@@ -62,8 +62,11 @@ def final_figures(run: Run) -> dict[str, str]:
         return found | {"steps": "0"}
     last = run.steps[-1]
     found["training loss"] = f"{last.get('lm_loss', last['loss']):.4f}"
+    if run.diverged:
+        found["loss not finite"] = f"in {len(run.diverged):,} of {len(run.steps):,} steps, first in {run.diverged[0]:,}"
     found["steps"] = f"{last['step']:,}"
-    found["tokens"] = f"{last['tokens']:,}"
+    if (tokens := run.last("tokens")) is not None:
+        found["tokens"] = f"{tokens:,}"
     found["time in steps"] = format_duration(3600 * float(run.clock[1][-1]))
     for key, name, form in (
         ("tokens_per_second", "tokens/s (median)", "{:,.0f}"),

@@ -28,25 +28,40 @@ class Run:
 
     @cached_property
     def clock(self) -> Curve:
-        """Steps, and the hours of training up to each; steps that were not logged took as long as the next that was."""
+        """Steps, and the hours of training up to each; steps that were not logged took as long as the next that was.
+
+        Before the first line lie no more than `train.log_every` steps: a run that started from another's checkpoint
+        has not run the others.
+        """
         steps = np.array([record["step"] for record in self.steps], dtype=float)
         seconds = np.array([record.get("step_seconds", 0.0) for record in self.steps], dtype=float)
-        return steps, np.cumsum(seconds * np.diff(steps, prepend=0.0)) / 3600
+        counts = np.diff(steps, prepend=0.0)
+        counts[:1] = np.minimum(counts[:1], self.config["train"]["log_every"])
+        return steps, np.cumsum(seconds * counts) / 3600
 
     def curve(self, key: str, by: str = "step") -> Curve:
         """A key's values where they are finite numbers, of training or validation. by: step | tokens | hours."""
         records = self.validations if key.startswith("val_") else self.steps
-        rows = [(r["step"], r.get("tokens"), r.get(key)) for r in records]
-        table = np.array([row for row in rows if None not in row], dtype=float).reshape(-1, 3)
-        table = table[np.isfinite(table).all(axis=1)]
-        if by == "hours":
-            return np.interp(table[:, 0], *self.clock) if len(self.steps) else table[:, 0], table[:, 2]
-        return table[:, ("step", "tokens").index(by)], table[:, 2]
+        rows = [(r.get("tokens" if by == "tokens" else "step"), r.get(key)) for r in records]
+        table = np.array([row for row in rows if None not in row], dtype=float).reshape(-1, 2)
+        x, values = table[np.isfinite(table).all(axis=1)].T
+        return np.interp(x, *self.clock) if by == "hours" and len(self.steps) else x, values
+
+    def training_loss(self, by: str = "step") -> Curve:
+        """The language model's, or the whole loss where that alone was logged."""
+        curve = self.curve("lm_loss", by)
+        return curve if len(curve[0]) else self.curve("loss", by)
+
+    @property
+    def diverged(self) -> list[int]:
+        """Steps whose loss was not finite, so that no curve has them."""
+        return [record["step"] for record in self.steps if not np.isfinite(record["loss"])]
 
     @property
     def events(self) -> list[tuple[int, str]]:
-        """(step, what happened): updates that were skipped, and changes of what is trained on."""
+        """(step, what happened): updates skipped, losses that are no numbers, and changes of what is trained on."""
         events = [(record["step"], "update skipped") for record in self.steps if record.get("skipped")]
+        events += [(step, "loss not finite") for step in self.diverged]
         for before, after in zip(self.steps, self.steps[1:], strict=False):
             changed = [key for key in CHANGES if before.get(key) != after.get(key)]
             events += [(after["step"], f"another {key.replace('_', ' ')}") for key in changed]

@@ -1,4 +1,4 @@
-"""`train.layers_every`: what goes on inside the layers, every so many steps: activations and updates.
+"""`train.layers_every`: layer statistics every so many steps, of activations and updates.
 
 A figure is of a whole layer (`blocks.3`) or of what stands beside them (`embedding`, `head`, `mtp`), whatever the
 layout. Steps in between cost nothing, and no weight is copied whole.

@@ -22,7 +22,6 @@ from v4train.parallel.layout import Layout
 from v4train.parallel.pipeline import PipelineEngine
 from v4train.parallel.topology import start_distributed, stop_distributed
 from v4train.report import report
-from v4train.report.loss import loss_plot
 from v4train.report.page import PAGE
 from v4train.train import checkpoint
 from v4train.train.allocator import keep_freed_memory
@@ -31,12 +30,12 @@ from v4train.train.distributed import gathered
 from v4train.train.dry_run import dry_run
 from v4train.train.heartbeat import Heartbeat
 from v4train.train.lost_ranks import give_up, is_lost_peer
-from v4train.train.metrics import read_metrics, write_summary
+from v4train.train.metrics import write_summary
 from v4train.train.progress import setup_logging, start_table
 from v4train.train.restarts import launch_name, restarts
 from v4train.train.run_directory import RunDirectory
 from v4train.train.sample import generate
-from v4train.train.signals import REQUEUE
+from v4train.train.signals import REQUEUE, StopRequest
 from v4train.train.tracking import Tracker
 from v4train.train.trainer import Trainer
 
@@ -94,6 +93,8 @@ def run(settings: Settings) -> dict[str, float]:
     except BaseException as error:
         stopped = isinstance(error, SystemExit) and error.code == REQUEUE
         heartbeat.beat(trainer.step, "stopped" if stopped else "failed")
+        with StopRequest():  # torchrun's SIGTERM, once another rank has failed, would cut this off
+            trainer.tracker.finish(REQUEUE if stopped else 1)
         raise
     heartbeat.beat(trainer.step, "finished" if trainer.finished else "stopped")
     return figures
@@ -214,7 +215,7 @@ def _shown_source(source: Source) -> str:
 def _finish(trainer: Trainer) -> dict[str, float]:
     """Sample, plot, summary and the closing lines, unless the run only paused; returns the final figures."""
     if not trainer.finished:
-        trainer.tracker.finish()
+        trainer.tracker.finish(REQUEUE if trainer.interrupted else 0)
         if trainer.interrupted:
             gathered(None)  # rank 0 has done its last: torchrun ends all ranks with the first
             raise SystemExit(REQUEUE)
@@ -245,9 +246,7 @@ def _report(trainer: Trainer) -> None:
     directory = trainer.directory
     try:
         report(directory.path, directory.report)
-        entropy = trainer.validation["unigram_entropy"]
-        loss_plot(read_metrics(directory.metrics), directory.loss_plot, trainer.settings.run.name, entropy)
-    except Exception as error:  # a full disk, or a diverged run that has no finite loss
+    except Exception as error:  # a full disk
         logger.warning("%s is not complete: %s", directory.report, " ".join(str(error).split()))
     for picture in sorted(directory.report.glob("*.png")):
         trainer.tracker.image(f"report/{picture.stem}", picture, trainer.step)

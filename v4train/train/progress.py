@@ -16,12 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from v4train.terminal import DRAWN, PLAIN_LINE_SECONDS, console, format_duration, on_terminal
+
 logger = logging.getLogger("v4train")
-
-PLAIN_LINE_SECONDS = 30.0  # a job's output file shows life at least this often
-_DRAWN = {"drawn": True}  # `extra` of a record that the terminal already shows in a better form
-
-console = Console()
 
 
 def setup_logging(run_dir: str | Path | None, rank: int) -> None:
@@ -52,7 +49,7 @@ def setup_logging(run_dir: str | Path | None, rank: int) -> None:
 def start_table(rows: list[tuple[str, str]], title: str) -> None:
     """Show the settings of a run, one (name, value) a row."""
     width = max((len(name) for name, _ in rows), default=0)
-    if _on_terminal():
+    if on_terminal():
         table = Table(title=title, box=box.SIMPLE, show_header=False, title_style="bold", title_justify="left")
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")
@@ -60,7 +57,7 @@ def start_table(rows: list[tuple[str, str]], title: str) -> None:
             table.add_row(Text(name), Text(value))
         console.print(table)
     for line in (title, *(f"  {name:<{width}}  {value}" for name, value in rows)):
-        logger.info("%s", line, extra=_DRAWN if _on_terminal() else {})
+        logger.info("%s", line, extra=DRAWN if on_terminal() else {})
 
 
 class Progress:
@@ -84,7 +81,7 @@ class Progress:
         self._clock = clock
         self._first: tuple[int, float] | None = None  # step and time of the first update: its own duration is start-up
         self._last_line: tuple[int, float] = (start_step, clock())
-        self._bar = _make_bar() if self._enabled and _on_terminal() else None
+        self._bar = _make_bar() if self._enabled and on_terminal() else None
         if self._bar:
             self._task = self._bar.add_task("train", total=total_steps, completed=start_step, figures="", eta="--:--")
 
@@ -112,7 +109,7 @@ class Progress:
             logger.info(
                 f"step {step:>{width}}/{self.total_steps}  loss {loss:.4f}{figures}"
                 f"  {tokens_per_second:,.0f} tok/s  ETA {eta}",
-                extra=_DRAWN if self._bar else {},
+                extra=DRAWN if self._bar else {},
             )
             self._last_line = (step, now)
 
@@ -152,16 +149,6 @@ def stages() -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(Text(text))
 
 
-def format_duration(seconds: float) -> str:
-    """Seconds as m:ss, h:mm:ss or "3d 04:05:06"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02}:{minutes:02}:{seconds:02}"
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 class _LogFile(logging.FileHandler):
     """What a full disk doesn't take is on the console all the same."""
 
@@ -180,7 +167,7 @@ class _ConsoleHandler(logging.Handler):
             text = self.format(record)
             if record.levelno >= logging.WARNING:
                 text = f"{record.levelname.lower()}: {text}"
-            if _on_terminal():
+            if on_terminal():
                 style = (
                     "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else ""
                 )
@@ -190,11 +177,6 @@ class _ConsoleHandler(logging.Handler):
                 sys.stdout.flush()
         except Exception:
             self.handleError(record)
-
-
-def _on_terminal() -> bool:
-    """Not rich's own answer, which FORCE_COLOR and the like change: a file must never get control characters."""
-    return sys.stdout.isatty() and not console.is_dumb_terminal
 
 
 def _make_bar() -> progress.Progress:

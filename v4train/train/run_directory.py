@@ -38,7 +38,6 @@ class RunDirectory:
         self.samples = self.path / "samples.txt"
         self.tokenizer = self.path / "tokenizer.json"
         self.report = self.path / "report"
-        self.loss_plot = self.report / "loss.png"
         self.profile = self.path / "profile"
         self.heartbeat = self.path / "heartbeat.json"
         self.stacks = self.path / "stacks"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from v4train.errors import ConfigError
+from v4train.train.signals import REQUEUE
 
 logger = logging.getLogger("v4train")
 
@@ -55,10 +56,10 @@ class Tracker:
     Args:
         config: the tracking group of the configuration.
         run_dir: W&B writes to `<run_dir>/wandb`, an offline run to `<run_dir>/wandb/offline-run-<time>-<id>`.
-        run_name: the name shown in W&B.
+        run_name: the name shown in W&B, unless its variable WANDB_NAME gives another.
         resolved_config: the whole configuration as plain dicts, shown beside the run.
         run_id: the id of the run that is continued, from its checkpoint; None takes that of the run that was started
-            in this folder before, or a new one where there was none.
+            in this folder before, or where there was none that of W&B's variable WANDB_RUN_ID, or a new one.
     """
 
     def __init__(
@@ -118,7 +119,10 @@ class Tracker:
         self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the run, all of it on disk; a non-zero exit code marks it as failed. Further calls do nothing."""
+        """Close the run, all of it on disk; further calls do nothing.
+
+        exit_code: the program's: 0 finished, REQUEUE saved to be continued (preempted, in W&B's words), else failed.
+        """
         self._attempt("finish", lambda: self._finish(exit_code))
         self._run = None
 
@@ -164,22 +168,24 @@ class Tracker:
         return wandb.init(
             mode=mode,
             dir=run_dir,
-            id=self.run_id,
+            id=self.run_id,  # None leaves it to WANDB_RUN_ID
             resume="allow",  # the same id continues the run; of an offline one `wandb sync` sends the parts in order
             project=config.project,
-            # None leaves these to W&B's own variables: WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_JOB_TYPE, WANDB_TAGS ...
+            # None leaves these to W&B's own variables: WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS ...
             entity=config.entity,
             group=config.group,
             job_type=config.job_type,
             tags=list(config.tags) or None,
             notes=config.notes,
-            name=run_name,
+            name=os.environ.get("WANDB_NAME") or run_name,
             config=resolved_config,
             allow_val_change=True,  # a resumed run may change train.stop_at_step and the like
             settings=settings,
         )
 
     def _finish(self, exit_code: int) -> None:
+        if exit_code == REQUEUE:
+            self._run.mark_preempting()
         self._run.finish(exit_code=exit_code)
         # wandb 0.31.0: its helper may write records only when it ends (seen: a file of 7 bytes after finish()), and a
         # program that leaves by os._exit would not wait for that
