@@ -151,9 +151,9 @@ class _Part(nn.Module):
 class _Objective(nn.Module):
     """The last parts, head and MTP: the whole objective of a micro-batch."""
 
-    def __init__(self, stages: Stages, losses: Losses, mtp_weight: float) -> None:
+    def __init__(self, stages: Stages, losses: Losses) -> None:
         super().__init__()
-        self.parts, self.losses, self.mtp_weight = nn.ModuleList(stages.units[-1]), losses, mtp_weight
+        self.parts, self.losses = nn.ModuleList(stages.units[-1]), losses
         self.embedding = stages.shared_embedding  # MTP's or the output matrix, for DeepSpeed to know
 
     def forward(self, state: State) -> Tensor:
@@ -161,7 +161,7 @@ class _Objective(nn.Module):
             state = part(*state)
         loss = self.losses.last("lm_loss")
         if len(self.parts) > 1:
-            loss = loss + self.mtp_weight * self.losses.last("mtp_loss")
+            loss = loss + self.losses.mtp_weight * self.losses.last("mtp_loss")
         self.losses.record("loss", loss.detach())
         return loss
 
@@ -176,7 +176,7 @@ def _pipeline_module(model: Transformer, stages: Stages, sizes: Any) -> nn.Modul
             self._set_bounds(start=stages.bounds[stages.index], stop=stages.bounds[stages.index + 1])
 
     layers = [_Part(unit[0]) for unit in stages.units[:-1]]
-    layers.append(_Objective(stages, model.losses, model.config.mtp.loss_weight))
+    layers.append(_Objective(stages, model.losses))
     grid = PipeModelDataParallelTopology(num_pp=sizes.pipeline, num_mp=sizes.tensor, num_dp=sizes.replicas)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds
         return Module(layers, topology=grid)
