@@ -61,7 +61,8 @@ def complete(config: DictConfig, overrides: list[str]) -> None:
 
 
 def _leave_to_phases(config: DictConfig, overrides: list[str]) -> None:
-    """`train` says what the last phase ends with. The default of its max_steps is for runs without phases."""
+    """`train` says what the last phase ends with. The default of its max_steps, which neither the command line nor an
+    experiment has changed, is for runs without phases."""
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
     for key in PHASES_DECIDE:
         if f"train.{key}" in given:
@@ -71,7 +72,8 @@ def _leave_to_phases(config: DictConfig, overrides: list[str]) -> None:
     last = read_phases(OmegaConf.to_container(config.schedule.phases, resolve=True))[-1]
     config.train.sequence_length, config.train.attention_mode = last.sequence_length, last.attention_mode
     config.train.global_batch_size = last.batches[-1][0]
-    if "train.max_steps" not in given:
+    default = OmegaConf.load(config_dir() / "pretrain.yaml").train.max_steps
+    if "train.max_steps" not in given and config.train.max_steps == default:
         config.train.max_steps = None
 
 
