@@ -119,7 +119,7 @@ def test_every_shipped_option_composes(override, tmp_path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(RANKS.get(name, 1)))
         needed = NEEDED.get(name, [])
     config = load([override, *needed])
-    assert settings(config).train.total_steps >= 1
+    assert settings(config).plan.total_steps >= 1
 
 
 def test_the_default_run_name_comes_from_model_and_overrides():
@@ -153,7 +153,7 @@ def test_a_name_is_a_single_folder():
 
 def test_max_tokens_shortens_a_run():
     config = load(["train.max_tokens=10000", "train.global_batch_size=4", "train.sequence_length=512"])
-    assert settings(config).train.total_steps == 5  # 2,048 tokens a step
+    assert settings(config).plan.total_steps == 5  # 2,048 tokens a step
 
 
 def test_a_rank_takes_its_whole_share_at_once_unless_told(monkeypatch):

@@ -25,6 +25,7 @@ from v4train.parallel.sizes import ParallelismConfig, check_batch, default_micro
 from v4train.parallel.topology import Topology, make_topology
 from v4train.structured import structured
 from v4train.train.checkpoint import CheckpointConfig
+from v4train.train.phases import Plan, Stage, make_plan
 from v4train.train.tracking import TrackingConfig
 
 PRECISIONS = ("fp32", "bf16")
@@ -72,19 +73,6 @@ class TrainConfig:
     hang_timeout: float
     dry_run: bool
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
-        return self.global_batch_size * self.sequence_length
-
-    @property
-    def total_steps(self) -> int:
-        """Length of the run in optimizer steps: the lesser of max_steps and max_tokens."""
-        limits = [] if self.max_steps is None else [self.max_steps]
-        if self.max_tokens is not None:
-            limits.append(-(-self.max_tokens // self.tokens_per_step))
-        return min(limits)
-
 
 @dataclass
 class Settings:
@@ -105,7 +93,13 @@ class Settings:
     evaluation: EvaluationConfig
     tracking: TrackingConfig
     topology: Topology
+    plan: Plan
     resolved: dict[str, Any]
+
+    def micro_batch(self, stage: Stage) -> int:
+        """Sequences of a forward pass on each rank."""
+        rows = stage.global_batch_size // self.topology.sizes.data
+        return stage.micro_batch_size or default_micro_batch(rows, self.topology.sizes.pipeline)
 
 
 def load(overrides: list[str]) -> DictConfig:
@@ -123,7 +117,7 @@ def load(overrides: list[str]) -> DictConfig:
 def settings(config: DictConfig) -> Settings:
     """Typed settings of a composed configuration. Raises ConfigError on the first rule broken."""
     resolved = _resolve(config)
-    known = {"device", *(field.name for field in fields(Settings))} - {"topology", "resolved"}
+    known = {"device", *(field.name for field in fields(Settings))} - {"topology", "plan", "resolved"}
     for key in resolved.keys() - known:
         raise ConfigError(key, resolved[key], "unknown key", f"known keys: {', '.join(sorted(known))}")
     seed, precision, device = (resolved[key] for key in ("seed", "precision", "device"))
@@ -134,22 +128,28 @@ def settings(config: DictConfig) -> Settings:
     if not isinstance(resolved["compile"], bool):
         raise ConfigError("compile", resolved["compile"], "it must be true or false", "use compile=false")
     parallelism = structured(ParallelismConfig, resolved["parallelism"], "parallelism")
+    topology = make_topology(parallelism, checked_device(device))
+    train = structured(TrainConfig, resolved["train"], "train")
+    model = model_config(OmegaConf.create(resolved["model"]))
+    schedule = structured(ScheduleConfig, resolved["schedule"], "schedule")
+    _check_train(train, schedule)
     made = Settings(
         seed=seed,
         precision=precision,
         compile=resolved["compile"],
         run=structured(RunConfig, resolved["run"], "run"),
-        train=structured(TrainConfig, resolved["train"], "train"),
-        model=model_config(OmegaConf.create(resolved["model"])),
+        train=train,
+        model=model,
         data=structured(DataConfig, resolved["data"], "data"),
         tokenizer=structured(TokenizerConfig, resolved["tokenizer"], "tokenizer"),
         optimizer=structured(OptimizerConfig, resolved["optimizer"], "optimizer"),
-        schedule=structured(ScheduleConfig, resolved["schedule"], "schedule"),
+        schedule=schedule,
         parallelism=parallelism,
         checkpoint=structured(CheckpointConfig, resolved["checkpoint"], "checkpoint"),
         evaluation=structured(EvaluationConfig, resolved["evaluation"], "evaluation"),
         tracking=structured(TrackingConfig, resolved["tracking"], "tracking"),
-        topology=make_topology(parallelism, checked_device(device)),
+        topology=topology,
+        plan=make_plan(schedule, train, model),
         resolved=resolved,
     )
     made.optimizer.resolve_dtype(precision)
@@ -159,12 +159,7 @@ def settings(config: DictConfig) -> Settings:
     if made.compile and made.topology.device.type == "cpu" and cpp_compiler() is None:
         rule = "torch.compile needs a C++ compiler, and neither $CXX nor g++ nor clang++ is found"
         raise ConfigError("compile", True, rule, "install g++, set CXX, or use compile=false")
-    _check_train(made.train, made.topology.sizes.data)
-    check_layout_of(made.model, made.topology.sizes, made.train.sequence_length)
-    _check_attention_mode(made.train.attention_mode, made.model)
-    if made.train.micro_batch_size is None:
-        rows = made.train.global_batch_size // made.topology.sizes.data
-        made.train.micro_batch_size = default_micro_batch(rows, made.topology.sizes.pipeline)
+    _check_plan(made)
     if made.tokenizer.vocab_size > made.model.vocab_size:
         rule = f"the model embeds only model.vocab_size={made.model.vocab_size} entries"
         raise ConfigError("tokenizer.vocab_size", made.tokenizer.vocab_size, rule, "make it at most as large")
@@ -193,7 +188,7 @@ def checked_device(device: str) -> str:
     return device
 
 
-def _check_train(train: TrainConfig, data_size: int) -> None:
+def _check_train(train: TrainConfig, schedule: ScheduleConfig) -> None:
     def refuse(key: str, rule: str, remedy: str) -> None:
         raise ConfigError(f"train.{key}", getattr(train, key), rule, remedy)
 
@@ -211,18 +206,27 @@ def _check_train(train: TrainConfig, data_size: int) -> None:
         refuse("max_minutes", "it must be above 0", "give minutes, or null for no limit")
     if train.recompute not in RECOMPUTE_LEVELS:
         refuse("recompute", "unknown level", f"use one of {', '.join(RECOMPUTE_LEVELS)}")
-    if train.max_steps is None and train.max_tokens is None:
+    if train.max_steps is None and train.max_tokens is None and schedule.phases is None:
         refuse("max_steps", "nothing says how long to train", "set train.max_steps or train.max_tokens")
     if train.profile is not None and not (len(train.profile) == 2 and 1 <= train.profile[0] < train.profile[1]):
         refuse("profile", "it must be [start,stop] with 1 <= start < stop", "profile steps 5 to 9 with [5,10], or null")
-    if train.profile is not None and train.profile[0] > train.total_steps:
-        refuse("profile", f"the run ends at step {train.total_steps}", "start earlier")
-    check_batch(train.global_batch_size, train.micro_batch_size, data_size)
+    if train.attention_mode not in ATTENTION_MODES:
+        refuse("attention_mode", "unknown mode", f"use one of {', '.join(ATTENTION_MODES)}")
 
 
-def _check_attention_mode(mode: str, model: ModelConfig) -> None:
-    if mode not in ATTENTION_MODES:
-        raise ConfigError("train.attention_mode", mode, "unknown mode", f"use one of {', '.join(ATTENTION_MODES)}")
-    if mode == "indexer_warmup" and not model.indexed_kinds:
-        rule = f"no layer of {' '.join(model.layer_kinds)} has a lightning indexer, so nothing would learn"
-        raise ConfigError("train.attention_mode", mode, rule, "use dense, or a csa or dsa layer in model.attention_mix")
+def _check_plan(made: Settings) -> None:
+    """What this model and this layout ask of each phase; without phases train is the only one."""
+    train, sizes = made.train, made.topology.sizes
+    if train.profile is not None and train.profile[0] > made.plan.total_steps:
+        rule = f"the run ends at step {made.plan.total_steps}"
+        raise ConfigError("train.profile", train.profile, rule, "start earlier")
+    for index, phase in enumerate(made.plan.phases):
+        prefix = "train" if made.schedule.phases is None else f"schedule.phases.{index}"
+        for batch, _ in phase.batches:
+            check_batch(batch, phase.micro_batch_size, sizes.data, prefix)
+        check_layout_of(made.model, sizes, phase.sequence_length, f"{prefix}.sequence_length")
+        if phase.attention_mode == "indexer_warmup" and not made.model.indexed_kinds:
+            rule = f"no layer of {' '.join(made.model.layer_kinds)} has a lightning indexer, so nothing would learn"
+            remedy = "use dense, or a csa or dsa layer in model.attention_mix"
+            raise ConfigError(f"{prefix}.attention_mode", phase.attention_mode, rule, remedy)
+    train.micro_batch_size = made.micro_batch(made.plan.last)

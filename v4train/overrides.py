@@ -17,12 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from v4train.errors import ConfigError
+from v4train.train.phases import read_phases
 
 # Overrides that say how or where to run, not what: they stay out of a run's default name.
 UNNAMED = re.compile(
     r"^[+~]*(model=|run\.|checkpoint|tracking|device=|compile=|hydra|tokenizer\.cache_dir"
     r"|train\.(stop_at_step|max_minutes|recompute|profile|layers_every|hang_timeout|deterministic|dry_run)=)"
 )
+PHASES_DECIDE = ("sequence_length", "global_batch_size", "attention_mode")  # keys of train, where there are phases
 NAME_LENGTH = 120  # longer default names are cut and end in a hash
 EXTRAS = {("hydra/sweeper", "optuna"): "optuna"}  # options that come with packages we don't require
 
@@ -47,9 +49,32 @@ def composed(program: str, overrides: list[str]) -> DictConfig:
 
 
 def complete(config: DictConfig, overrides: list[str]) -> None:
-    """Fill in what depends on the command line: the run's default name."""
+    """Fill in what depends on the command line: the run's default name, and of `train` what phases decide.
+
+    Raises:
+        ConfigError: phases that can't be read, or a key of `train` on the command line that they decide.
+    """
+    if config.schedule.phases is not None:
+        _leave_to_phases(config, overrides)
     if config.run.name is None:
         config.run.name = default_run_name(str(config.model.name), overrides)
+
+
+def _leave_to_phases(config: DictConfig, overrides: list[str]) -> None:
+    """`train` says what the last phase ends with. The default of its max_steps, which neither the command line nor an
+    experiment has changed, is for runs without phases."""
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    for key in PHASES_DECIDE:
+        if f"train.{key}" in given:
+            rule = "the phases of this schedule set it"
+            remedy = f"change schedule.phases.<number>.{key}, or use schedule=cosine, which has no phases"
+            raise ConfigError(f"train.{key}", config.train[key], rule, remedy)
+    last = read_phases(OmegaConf.to_container(config.schedule.phases, resolve=True))[-1]
+    config.train.sequence_length, config.train.attention_mode = last.sequence_length, last.attention_mode
+    config.train.global_batch_size = last.batches[-1][0]
+    default = OmegaConf.load(config_dir() / "pretrain.yaml").train.max_steps
+    if "train.max_steps" not in given and config.train.max_steps == default:
+        config.train.max_steps = None
 
 
 def default_run_name(model: str, overrides: list[str]) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.documents import assert_every_token_once
 from tests.loading import G, loader, loaders, mixed, one_source, state_of, step_of, steps_of, streamed, two_sources
 from v4train.data import loader as loader_module
-from v4train.data.loader import EndOfData, merged_states
+from v4train.data.loader import BatchConfig, EndOfData, merged_states
 from v4train.data.packing import Row
 
 pytestmark = pytest.mark.usefixtures("small_windows")
@@ -137,6 +137,43 @@ def test_a_change_of_length_loses_and_repeats_nothing(lanes, world, phases, pack
     rows += _rest_of_lanes(rest, lanes)
     assert_every_token_once([Row(*map(np.array, row)) for row in rows], documents)
     assert rest.progress.tokens >= sum(4 * length * steps for length, steps in phases)
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from([1, 3, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.lists(
+        st.tuples(st.integers(2, 30), st.sampled_from([4, 8, 12]), st.sampled_from([1, 2]), st.integers(0, 3)),
+        min_size=2,
+        max_size=5,
+    ),
+)
+def test_a_change_of_batch_and_length_goes_on_with_the_next_row(lanes, world, phases):
+    """On any number of ranks, whose lanes become others; and as a loader that is made anew for each phase."""
+    made = one_source(epochs=1, count=800, lanes=lanes)
+
+    def run(world, anew):
+        ranks, rows = loaders(made, world, total=4), []
+        for length, total, micro, steps in phases:
+            micro, state = micro if total % (micro * world) == 0 else 1, state_of(ranks)
+            if anew:
+                ranks = loaders(made, world, micro, state, length=length, total=total)
+            for one in ranks if not anew else ():
+                one.load_state_dict(state)
+                one.set_batch(BatchConfig(total, micro, one.batch.rank, world))
+                one.set_sequence_length(length)
+            rows += [row for _ in range(steps) for row in step_of(ranks)]
+        return rows, state_of(ranks)
+
+    rows, state = run(world, False)
+    alone, state_alone = run(1, True)
+    assert rows == alone and state == state_alone
+    assert state["progress"]["rows"] == sum(total * steps for _, total, _, steps in phases)
+    seen = [
+        token for ids, documents, _ in rows for token, document in zip(ids, documents, strict=True) if document >= 0
+    ]
+    assert len(set(seen)) == len(seen)
 
 
 def _rest_of_lanes(one, lanes):

@@ -186,10 +186,10 @@ INJECTIONS = {
 
 
 def run_job(job: dict, topology: object) -> dict:
-    """Train as the job says: stage, accumulation, optimizer; optional: precision, grad_clip, used_from, persistence,
-    start and stop (steps), load and save (files, the latter at step `save_at`), inject (a step with bad gradients),
-    injection (a key of INJECTIONS), rates (learning rates by group), misuse (make the calls that must fail), phases
-    (run and freeze as PHASES says, and keep the state after each step).
+    """Train as the job says: stage, accumulation (or that of each step), optimizer; optional: precision, grad_clip,
+    used_from, persistence, start and stop (steps), load and save (files, the latter at step `save_at`), inject (a step
+    with bad gradients), injection (a key of INJECTIONS), rates (learning rates by group), misuse (make the calls that
+    must fail), phases (run and freeze as PHASES says, and keep the state after each step).
     """
     from v4train.optim import muon
     from v4train.parallel.engine import Engine
@@ -200,7 +200,9 @@ def run_job(job: dict, topology: object) -> dict:
     original = muon.newton_schulz
     muon.newton_schulz = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
     model = make_model()
-    accumulation = job["accumulation"]
+    given = job["accumulation"]
+    each = given if isinstance(given, list) else [given] * STEPS
+    accumulation = each[0]
     engine = Engine(
         model,
         optimizer_config(job["optimizer"]),
@@ -227,6 +229,9 @@ def run_job(job: dict, topology: object) -> dict:
             result["before"] = whole_state(engine)
             hook = INJECTIONS[job["injection"]](model)
         loss, mode = 0.0, "all"
+        if each[step] != accumulation:
+            accumulation = each[step]
+            engine.set_batch(GLOBAL_ROWS // topology.sizes.data // accumulation, accumulation)
         if job.get("phases"):
             frozen, mode = PHASES[step]
             engine.freeze(group.name for group in engine.groups if is_frozen(group.name, frozen))

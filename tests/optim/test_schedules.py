@@ -6,7 +6,7 @@ import pytest
 
 from tests.shipped import shipped
 from v4train.errors import ConfigError
-from v4train.optim.schedules import ScheduleConfig, learning_rate
+from v4train.optim.schedules import ScheduleConfig, decay, decayed, warmup, warmup_steps
 
 V4 = {"learning_rate": 2.7e-4, "final_ratio": 0.1, "warmup_steps": 20, "decay_fraction": 0.25}
 
@@ -14,6 +14,12 @@ V4 = {"learning_rate": 2.7e-4, "final_ratio": 0.1, "warmup_steps": 20, "decay_fr
 def schedule(**overrides):
     """The shipped YAML with some values changed."""
     return ScheduleConfig(**(shipped("schedule", "cosine") | {"learning_rate": 1.0} | overrides))
+
+
+def learning_rate(step, total_steps, config):
+    """Of a run whose steps are all alike, so that they serve as the unit of the decay."""
+    share = decayed(step + 1, total_steps, 1, config)
+    return config.learning_rate * warmup(step, warmup_steps(total_steps, config)) * decay(share, config)
 
 
 def test_the_three_parts_in_closed_form():
@@ -31,6 +37,19 @@ def test_linear_decay():
     config = schedule(**V4, kind="linear")
     assert learning_rate(174, 200, config) == pytest.approx((2.7e-4 + 2.7e-5) / 2)
     assert learning_rate(199, 200, config) == pytest.approx(2.7e-5)
+
+
+def test_decay_by_the_square_root():
+    config = schedule(**V4, kind="sqrt")
+    assert learning_rate(161, 200, config) == pytest.approx(2.7e-5 + 0.9 * 2.7e-4 * (1 - math.sqrt(12 / 50)))
+    assert learning_rate(199, 200, config) == pytest.approx(2.7e-5)
+
+
+def test_decay_by_tokens_takes_whole_last_steps():
+    config = schedule(decay_fraction=0.25)
+    assert decayed(760, 1010, 20, config) == 0.0  # 13 steps of 20: 260 tokens
+    assert decayed(880, 1010, 20, config) == pytest.approx(0.5)
+    assert decayed(1010, 1010, 20, config) == 1.0
 
 
 def test_warmup_as_a_share_of_the_run():
@@ -65,6 +84,7 @@ def test_a_share_of_a_short_run_is_no_less_than_the_minimum():
         {"decay_fraction": 30},
         {"warmup_steps": -1},
         {"min_warmup_steps": -1},
+        {"mtp_weight_in_decay": -0.1},
     ],
 )
 def test_bad_values_are_refused(override):

@@ -9,10 +9,11 @@ import torch
 from tests.runs import tiny
 from v4train.analysis.memory import GIB, peak_memory
 from v4train.analysis.work import Work
+from v4train.config import load, settings
 from v4train.data import Batch
 from v4train.model.config import model_config
 from v4train.overrides import composed
-from v4train.train.dry_run import batch_statistics
+from v4train.train.dry_run import batch_statistics, works
 
 
 def test_statistics_of_rows_by_hand():
@@ -20,6 +21,13 @@ def test_statistics_of_rows_by_hand():
     targets = torch.tensor([[3, -100, 4, -100, -100], [1, 2, 3, 4, -100]])
     counts = batch_statistics([Batch(torch.zeros_like(documents), documents, targets)])
     assert counts == {"positions": 10, "padding": 1, "targets": 6, "documents": 3}
+
+
+def test_the_work_of_each_phase():
+    made = settings(load(["schedule=v4_small", "+schedule.phases.2.micro_batch_size=1"]))
+    found = [(of.sequence_length, of.rows, of.accumulation) for of in works(made, Work(1, data=1))]
+    assert found == [(256, 4, 1), (256, 8, 1), (512, 4, 1), (512, 1, 4)]
+    assert [of.step_tokens for of in works(made, Work(1, data=1))] == [1024, 2048, 2048, 2048]
 
 
 @pytest.mark.slow

@@ -218,6 +218,15 @@ class Loader:
         self.close()
         self.sequence_length = length
 
+    def set_batch(self, batch: BatchConfig) -> None:
+        """From the next step on, with the next row of the sequence.
+
+        Of several ranks each must have loaded the `merged_states` of all before: the rows, and so the lanes, of a rank
+        are others.
+        """
+        self.close()
+        self.batch = batch
+
     def close(self) -> None:
         """End the threads. What was read ahead is read again where there is another step."""
         for prefetch in (self._rows, self._steps):  # in this order: the second may be waiting for the first

@@ -49,10 +49,12 @@ class Losses:
         denominators: count that a loss named so is divided by (see `Transformer.count`). A name that is absent is
             divided by the micro-batch's own count. With D data ranks and A accumulation steps whose gradients are
             averaged, global count / (D * A) makes the average the mean over the global batch.
+        mtp_weight, balance_weight: of these losses in the objective; a schedule may change them between steps.
         shares: (part, whole) of each recorded share as last collected, for sums over ranks and micro-batches.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mtp_weight: float = 0.0, balance_weight: float = 0.0) -> None:
+        self.mtp_weight, self.balance_weight = mtp_weight, balance_weight
         self.scale: float = 1.0
         self.denominators: dict[str, Tensor | float] = {}
         self.shares: dict[str, tuple[Tensor, Tensor]] = {}

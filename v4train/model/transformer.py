@@ -45,7 +45,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.losses = Losses()
+        self.losses = Losses(config.mtp.loss_weight, config.moe.balance_loss_weight)
         self.embedding = Embedding(config)
         layers = zip(config.layers, config.ffn_kinds, strict=True)
         self.blocks = nn.ModuleList(
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
         losses = self.losses.collect()
         loss = losses["lm_loss"]
         if self.mtp is not None:
-            loss = loss + self.config.mtp.loss_weight * losses["mtp_loss"]
+            loss = loss + self.losses.mtp_weight * losses["mtp_loss"]
         return ModelOutput(None, self.losses.with_direct(loss), losses)
 
     @torch.no_grad()

@@ -156,6 +156,16 @@ class Engine:
             group["frozen"] = group["name"] in frozen
         self._gradients.freeze(frozen)
 
+    def set_batch(self, micro_batch_size: int, accumulation_steps: int) -> None:
+        """From the next step on. Between steps only; RuntimeError otherwise."""
+        if self._begun:
+            raise RuntimeError("micro-batches of a step are under way: change the batch between steps")
+        made = self._engine
+        made.set_train_micro_batch_size(micro_batch_size)
+        made.set_train_batch_size(micro_batch_size * accumulation_steps * self.topology.sizes.replicas)
+        # deepspeed 0.19.8 ends a step where a count since the start is a multiple of the accumulation
+        made.micro_steps = 0
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output without gradients, under the engine's precision; the caller sets `model.eval()`."""
         with torch.no_grad():

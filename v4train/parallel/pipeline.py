@@ -60,6 +60,8 @@ class PipelineEngine(Engine):
     def _time_passes(self, timed: Callable[[str, Callable], Callable]) -> None:
         from deepspeed.runtime.pipe import schedule
 
+        self._forward_indexers = timed("forward", self._forward_indexers)
+        self._backward_indexers = timed("backward", self._backward_indexers)
         instructions = self._engine._INSTRUCTION_MAP
         of_backward = (schedule.BackwardPass, schedule.ReduceTiedGrads, schedule.ReduceGrads)
         for kind, name in ((schedule.ForwardPass, "forward"), *((kind, "backward") for kind in of_backward)):
@@ -67,13 +69,40 @@ class PipelineEngine(Engine):
 
     def train(self, batches: Sequence[Batch]) -> Recorded:
         self._begun = True
+        if self.model.attention_mode == "indexer_warmup":
+            self._train_indexers(batches)
+        else:
+            self._train_all(batches)
+        self._ready = True
+        return self.model.losses.take()
+
+    def _train_indexers(self, batches: Sequence[Batch]) -> None:
+        """Forward through all stages; the indexers of each learn from their own losses, so that no gradient crosses
+        stages and none passes through a block."""
+        from deepspeed.runtime.pipe import schedule
+
+        for batch in batches:
+            self._backward_indexers(self._forward_indexers(batch))
+        self._engine._INSTRUCTION_MAP[schedule.ReduceGrads](self._engine)
+
+    def _forward_indexers(self, batch: Batch) -> Tensor:
+        losses = self.model.losses
+        with losses.indexers_only():
+            self._run_stages((batch.input_ids, batch.document_ids, batch.targets), self._stages.parts)
+            if self._stages.last:
+                losses.record("loss", _objective(losses, self.model.mtp is not None))
+            return losses.with_direct(torch.zeros((), device=self.topology.device))
+
+    def _backward_indexers(self, loss: Tensor) -> None:
+        if loss.requires_grad:  # there are indexers on this stage
+            (self.model.losses.scale * loss).backward()
+
+    def _train_all(self, batches: Sequence[Batch]) -> None:
         if batches[0].input_ids.shape != self._shape:
             self._engine.reset_activation_shape()
             self._shape = batches[0].input_ids.shape
         fields = ((batch.input_ids, batch.document_ids, batch.targets) for batch in batches)
         self._engine.train_batch(iter([(inputs, ()) for inputs in fields]))
-        self._ready = True
-        return self.model.losses.take()
 
     @torch.no_grad()
     def validation_loss(self, batch: Batch) -> Tensor:
@@ -151,19 +180,23 @@ class _Part(nn.Module):
 class _Objective(nn.Module):
     """The last parts, head and MTP: the whole objective of a micro-batch."""
 
-    def __init__(self, stages: Stages, losses: Losses, mtp_weight: float) -> None:
+    def __init__(self, stages: Stages, losses: Losses) -> None:
         super().__init__()
-        self.parts, self.losses, self.mtp_weight = nn.ModuleList(stages.units[-1]), losses, mtp_weight
+        self.parts, self.losses = nn.ModuleList(stages.units[-1]), losses
         self.embedding = stages.shared_embedding  # MTP's or the output matrix, for DeepSpeed to know
 
     def forward(self, state: State) -> Tensor:
         for part in self.parts:
             state = part(*state)
-        loss = self.losses.last("lm_loss")
-        if len(self.parts) > 1:
-            loss = loss + self.mtp_weight * self.losses.last("mtp_loss")
+        loss = _objective(self.losses, len(self.parts) > 1)
         self.losses.record("loss", loss.detach())
         return loss
+
+
+def _objective(losses: Losses, with_mtp: bool) -> Tensor:
+    """From the values last recorded."""
+    loss = losses.last("lm_loss")
+    return loss + losses.mtp_weight * losses.last("mtp_loss") if with_mtp else loss
 
 
 def _pipeline_module(model: Transformer, stages: Stages, sizes: Any) -> nn.Module:
@@ -176,7 +209,7 @@ def _pipeline_module(model: Transformer, stages: Stages, sizes: Any) -> nn.Modul
             self._set_bounds(start=stages.bounds[stages.index], stop=stages.bounds[stages.index + 1])
 
     layers = [_Part(unit[0]) for unit in stages.units[:-1]]
-    layers.append(_Objective(stages, model.losses, model.config.mtp.loss_weight))
+    layers.append(_Objective(stages, model.losses))
     grid = PipeModelDataParallelTopology(num_pp=sizes.pipeline, num_mp=sizes.tensor, num_dp=sizes.replicas)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds
         return Module(layers, topology=grid)

@@ -7,9 +7,11 @@ from v4train.model import ModelConfig
 from v4train.parallel.sizes import Sizes
 
 
-def check_layout_of(model: ModelConfig, sizes: Sizes, sequence_length: int) -> None:
-    """Raise ConfigError for a model that `sizes` ranks can't share out evenly."""
-    for axis, key, value in _shared_out(model, sequence_length):
+def check_layout_of(
+    model: ModelConfig, sizes: Sizes, sequence_length: int, length_key: str = "train.sequence_length"
+) -> None:
+    """Raise ConfigError for a model, or rows, that `sizes` ranks can't share out evenly. length_key: the rows'."""
+    for axis, key, value in _shared_out(model, sequence_length, length_key):
         count = getattr(sizes, axis)
         if value % count:
             rule = f"{key}={value} must be a multiple of it: it is shared out evenly"
@@ -29,12 +31,12 @@ def check_layout_of(model: ModelConfig, sizes: Sizes, sequence_length: int) -> N
             raise ConfigError("parallelism.tensor", sizes.tensor, rule, "for example parallelism.tensor=1")
 
 
-def _shared_out(model: ModelConfig, sequence_length: int) -> Iterator[tuple[str, str, int]]:
+def _shared_out(model: ModelConfig, sequence_length: int, length_key: str) -> Iterator[tuple[str, str, int]]:
     """(axis, key, number) of all that is."""
     attention, moe = model.attention, model.moe
     kinds = set(model.layer_kinds) | ({model.mtp_layer.kind} if model.mtp.num_layers else set())
     ffns = set(model.ffn_kinds)
-    yield "context", "train.sequence_length", sequence_length
+    yield "context", length_key, sequence_length
     yield "tensor", "model.vocab_size", model.vocab_size
     if kinds & {"swa", "csa", "hca"}:
         yield "tensor", "model.attention.num_heads", attention.num_heads

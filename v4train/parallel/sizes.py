@@ -93,13 +93,16 @@ def _refuse_sizes(given: Mapping[str, int | None], world_size: int) -> None:
     )
 
 
-def check_batch(global_batch_size: int, micro_batch_size: int | None, data_size: int) -> None:
-    """Raise ConfigError for a step's rows that are no multiple of what the data ranks take at a time."""
+def check_batch(global_batch_size: int, micro_batch_size: int | None, data_size: int, prefix: str = "train") -> None:
+    """Raise ConfigError for a step's rows that are no multiple of what the data ranks take at a time.
+
+    prefix: of the keys, in messages.
+    """
     micro = micro_batch_size or 1
     if global_batch_size % (micro * data_size):
-        rule = f"it must be a multiple of train.micro_batch_size={micro} x {data_size} data ranks"
+        rule = f"it must be a multiple of micro_batch_size={micro} x {data_size} data ranks"
         fitting = max(1, round(global_batch_size / (micro * data_size))) * micro * data_size
-        raise ConfigError("train.global_batch_size", global_batch_size, rule, f"for example {fitting}")
+        raise ConfigError(f"{prefix}.global_batch_size", global_batch_size, rule, f"for example {fitting}")
 
 
 def default_micro_batch(rows: int, stages: int) -> int:

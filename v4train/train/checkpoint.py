@@ -157,14 +157,16 @@ def load_model(path: Path) -> Transformer:
     """The model of a checkpoint, on the CPU, in eval mode and the attention mode it was trained in; the optimizer's
     state is not read."""
     reader = Reader(path)
-    config = reader.manifest["state"]["config"]
+    state = reader.manifest["state"]
+    config = state["config"]
     with torch.device("meta"):
         model = build_model(OmegaConf.create(config["model"]))
     weights = reader.weights()
     if model.config.tie_embedding:  # one parameter, by its first name
         weights["head.lm_head.weight"] = weights["embedding.lookup.weight"]
     model.load_state_dict(weights | reader.buffers(), assign=True)
-    model.attention_mode = config["train"].get("attention_mode", "sparse")  # absent: older than the key
+    of_the_run = config["train"].get("attention_mode", "sparse")
+    model.attention_mode = state.get("attention_mode", of_the_run)  # absent: older than the keys
     return model.eval()
 
 

@@ -4,13 +4,13 @@ Nothing is written but a tokenizer or corpus that the data cache lacks, and no w
 a model on the meta device, however large, and the figures are those of `analysis`.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from omegaconf import OmegaConf
 
 from v4train.analysis.flops import training_flops_per_token
-from v4train.analysis.memory import GIB, stage_memory
+from v4train.analysis.memory import GIB, Memory, stage_memory
 from v4train.analysis.parameters import parameter_counts
 from v4train.analysis.step_time import bubble_fraction, traffic_per_rank
 from v4train.analysis.work import Work
@@ -31,15 +31,17 @@ def dry_run(settings: Settings) -> dict[str, float]:
     """
     topology, train = settings.topology, settings.train
     setup_logging(None, topology.rank)
-    work = read_work(OmegaConf.create(settings.resolved), settings.model, topology.world_size)
+    given = read_work(OmegaConf.create(settings.resolved), settings.model, topology.world_size)
+    work = max(works(settings, given), key=lambda of: fullest(settings, of).total)
     with torch.device("meta"):
         model = build_model(settings.model)
     layout = Layout(model, topology, train.sequence_length)
     here = sum(model.get_parameter(name).numel() for name in layout.names)
     figures = {"parameters_of_fullest_rank": all_max(float(here), topology.device), **planned(settings, work)}
     tokenizer, corpus = load_data(settings.data, settings.tokenizer, train.validation_tokens)
-    sizes = (train.global_batch_size, train.micro_batch_size, topology.index("data"), topology.sizes.data)
-    loader = Loader(corpus, settings.data, tokenizer, train.sequence_length, BatchConfig(*sizes), settings.seed)
+    stage = settings.plan.at(0)
+    sizes = (stage.global_batch_size, settings.micro_batch(stage), topology.index("data"), topology.sizes.data)
+    loader = Loader(corpus, settings.data, tokenizer, stage.sequence_length, BatchConfig(*sizes), settings.seed)
     first = not any(topology.index(axis) for axis in ("tensor", "context", "pipeline"))  # of ranks with the same rows
     try:
         own = batch_statistics(loader.next_step())
@@ -51,9 +53,25 @@ def dry_run(settings: Settings) -> dict[str, float]:
     return figures
 
 
+def works(settings: Settings, given: Work) -> list[Work]:
+    """`given`, with the length and the batches of each phase."""
+    found = []
+    for stretch in settings.plan.stretches:
+        stage = settings.plan.at(stretch.first)
+        rows = settings.micro_batch(stage)
+        accumulation = stage.global_batch_size // (rows * given.data)
+        found.append(replace(given, sequence_length=stage.sequence_length, rows=rows, accumulation=accumulation))
+    return found
+
+
+def fullest(settings: Settings, work: Work) -> Memory:
+    """Bytes of the pipeline stage that holds most."""
+    return max(stage_memory(settings.model, work), key=lambda of: of.total)
+
+
 def planned(settings: Settings, work: Work) -> dict[str, float]:
     """By formula: GiB of the fullest rank by what it holds, what a rank sends, FLOPs, bubble."""
-    memory = max(stage_memory(settings.model, work), key=lambda of: of.total)
+    memory = fullest(settings, work)
     figures = {f"memory_gib/{name}": size / GIB for name, size in asdict(memory).items()}
     figures |= {"memory_gib": memory.total / GIB, "bubble": bubble_fraction(work)}
     figures["traffic_gib"] = sum(traffic_per_rank(settings.model, work).values()) / GIB
@@ -79,6 +97,7 @@ def rows(settings: Settings, work: Work, figures: dict[str, float]) -> list[tupl
     batch = (
         f"{work.accumulation} x {work.rows} rows of {work.sequence_length:,} tokens on each of {work.data} data ranks"
     )
+    plan, phases = settings.plan, settings.plan.lines()
     documents, positions, padding = (figures[name] for name in ("documents", "positions", "padding"))
     return [
         ("model", f"{settings.model.name}: {' '.join(settings.model.layer_kinds)}"),
@@ -86,7 +105,8 @@ def rows(settings: Settings, work: Work, figures: dict[str, float]) -> list[tupl
         ("layout", f"{work.world} ranks: {settings.topology.sizes}, ZeRO {work.zero_stage}, {settings.precision}"),
         ("fullest rank", f"{figures['parameters_of_fullest_rank'] / 1e6:,.2f} M parameters before ZeRO"),
         ("memory", f"{figures['memory_gib']:.3g} GiB on it, beside the process itself: {held}"),
-        ("training", f"{settings.train.total_steps:,} steps of {batch}"),
+        ("training", f"{plan.total_steps:,} steps of {batch}{' in the fullest phase' if len(phases) > 1 else ''}"),
+        *(phases if len(phases) > 1 else []),
         ("step", f"{figures['flops_per_step'] / 1e12:,.4g} TFLOPs, {figures['traffic_gib']:.3g} GiB sent by a rank"),
         ("bubble", f"{figures['bubble']:.1%} of the pipeline's time"),
         (

@@ -12,6 +12,7 @@ from v4train.evaluation.measure import flat, measure, recall_task
 from v4train.evaluation.scores import Scores
 from v4train.parallel.engine import Engine
 from v4train.train.distributed import all_sum_tensor
+from v4train.train.phases import Stage
 
 
 class Evaluation:
@@ -24,21 +25,22 @@ class Evaluation:
     def __init__(
         self, settings: Settings, engine: Engine, corpus: Corpus, tokenizer: Tokenizer, beat: Callable[[], None]
     ) -> None:
-        self.config, self.train, self.topology = settings.evaluation, settings.train, settings.topology
+        self.settings, self.config, self.topology = settings, settings.evaluation, settings.topology
         self.engine, self.corpus, self.tokenizer, self.beat = engine, corpus, tokenizer, beat
-        if self.train.evaluate_every:
-            recall_task(self.config, corpus, tokenizer, self.train.sequence_length)
+        if settings.train.evaluate_every:
+            recall_task(self.config, corpus, tokenizer, min(phase.sequence_length for phase in settings.plan.phases))
 
-    def figures(self) -> dict[str, float | None]:
-        """For a line of metrics; every rank must call it, and then set the model to training again."""
+    def figures(self, stage: Stage) -> dict[str, float | None]:
+        """For a line of metrics, on rows as long as those of `stage`; every rank must call it, and then set the model
+        to training again."""
         self.engine.model.eval()
         found = measure(
             self.config,
             self.corpus,
             self.tokenizer,
             self._scores,
-            length=self.train.sequence_length,
-            batch_size=self.train.micro_batch_size,
+            length=stage.sequence_length,
+            batch_size=self.settings.micro_batch(stage),
             rank=(self.topology.index("data"), self.topology.sizes.data),
             over_ranks=self._over_ranks,
         )

@@ -75,7 +75,7 @@ def run(settings: Settings) -> dict[str, float]:
     setup_logging(directory.path, settings.topology.rank)
     heartbeat = Heartbeat(directory.heartbeat, settings.topology.rank, settings.topology.world_size)
     reader = checkpoint.Reader(start) if start else None
-    if reader and reader.manifest["step"] >= settings.train.total_steps and directory.summary.is_file():
+    if reader and reader.manifest["step"] >= settings.plan.total_steps and directory.summary.is_file():
         logger.info(
             "run %s is finished at step %d: %s\nto start anew: run.overwrite=true, or another run.name=",
             settings.run.name,
@@ -108,7 +108,10 @@ def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:
             launch = launch_name(os.environ)
             again = restarts(os.environ) > 0 and directory.begun_by(launch)
             overwrite = settings.run.overwrite and not again
-            answer[0] = directory.find_start(settings.checkpoint.resume, overwrite, settings.resolved, again)
+            start = answer[0] = directory.find_start(settings.checkpoint.resume, overwrite, settings.resolved, again)
+            if start:
+                manifest = checkpoint.read_manifest(start)
+                settings.plan.check_continues(manifest["step"], manifest["state"].get("history"))
             directory.prepare(overwrite, settings.resolved, launch)
         except ConfigError as error:
             answer[0] = error
@@ -141,14 +144,16 @@ def make_trainer(
     model.recompute = train.recompute
     if settings.compile:
         compile_model(model)
+    first = settings.plan.at(0)
+    micro_batch = settings.micro_batch(first)
     engine = (PipelineEngine if topology.sizes.pipeline > 1 else Engine)(
         model,
         settings.optimizer,
         settings.parallelism,
         topology,
         layout,
-        micro_batch_size=train.micro_batch_size,
-        accumulation_steps=train.global_batch_size // (train.micro_batch_size * topology.sizes.data),
+        micro_batch_size=micro_batch,
+        accumulation_steps=first.global_batch_size // (micro_batch * topology.sizes.data),
         grad_clip=train.grad_clip,
         precision=settings.precision,
     )
@@ -192,12 +197,18 @@ def _show_start(trainer: Trainer, start: Path | None, seconds: float) -> None:
     others = "".join(f" x {name} {size}" for name, size in sizes.items() if size > 1)
     layout = f"data {topology.sizes.data}{others}, ZeRO {settings.parallelism.zero_stage}, {topology.device.type}"
     split = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in trainer.engine.parameter_counts.items())
-    batch = f"{train.global_batch_size} x {train.sequence_length} tokens a step"
+    plan = trainer.plan
+    phases = plan.lines()
+    if len(phases) == 1:
+        batch = f"{train.global_batch_size} x {train.sequence_length} tokens a step"
+    else:
+        batch = f"{len(phases)} phases"
     rows = [
         ("model", f"{settings.model.name}: {' '.join(settings.model.layer_kinds)}"),
         ("parameters", f"{total / 1e6:.2f} M, of which {active / 1e6:.2f} M active for a token"),
         ("data", ", ".join(map(_shown_source, trainer.corpus.sources.values()))),
-        ("training", f"{train.total_steps} steps, {train.total_steps * train.tokens_per_step:,} tokens, {batch}"),
+        ("training", f"{plan.total_steps} steps, {plan.total_tokens:,} tokens, {batch}"),
+        *(phases if len(phases) > 1 else []),
         ("layout", f"{layout}, {settings.precision}"),
         ("optimizer", split),
         ("tracking", trainer.tracker.location),

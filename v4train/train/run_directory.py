@@ -108,6 +108,8 @@ class RunDirectory:
         saved = OmegaConf.create(checkpoint.read_manifest(start)["state"]["config"])
         wanted = OmegaConf.create(resolved)
         for key in BOUND:
+            if key == "train.sequence_length" and OmegaConf.select(wanted, "schedule.phases") is not None:
+                continue  # that of the last phase, which may change as long as it has not begun
             then, now = (_leaves(OmegaConf.select(of, key), key) for of in (saved, wanted))
             then = {leaf: value for leaf, value in ADDED.items() if leaf in now} | then
             for leaf in sorted(then.keys() | now.keys()):

@@ -26,7 +26,6 @@ from v4train.errors import ConfigError
 from v4train.model import Transformer
 from v4train.model.losses import Recorded, share
 from v4train.model.moe.balance import max_violation, relative_loads
-from v4train.optim.schedules import learning_rate
 from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
 from v4train.train.distributed import all_max, all_sum, all_sum_tensor, gathered
@@ -35,6 +34,7 @@ from v4train.train.hang_watch import HangWatch
 from v4train.train.heartbeat import Heartbeat
 from v4train.train.layer_statistics import LayerStatistics
 from v4train.train.metrics import MetricsFile
+from v4train.train.phases import Stage
 from v4train.train.profiler import StepProfiler
 from v4train.train.progress import Progress
 from v4train.train.run_directory import RunDirectory
@@ -69,14 +69,12 @@ class Trainer:
         deadline: float | None = None,
     ) -> None:
         self.settings, self.train, self.topology = settings, settings.train, settings.topology
-        self.model, self.engine = model, engine
-        self._set_attention_mode(self.train.attention_mode)
+        self.model, self.engine, self.plan = model, engine, settings.plan
         self.corpus, self.tokenizer = corpus, tokenizer
         self.directory, self.tracker, self.heartbeat = directory, tracker, heartbeat
-        sizes = (self.train.global_batch_size, self.train.micro_batch_size)
-        batch = BatchConfig(*sizes, self.topology.index("data"), self.topology.sizes.data)
-        self.loader = Loader(corpus, settings.data, tokenizer, self.train.sequence_length, batch, settings.seed)
-        self.accumulation = self.train.global_batch_size // (self.train.micro_batch_size * self.topology.sizes.data)
+        self.stage = self.plan.at(0)  # of the step under way, or the last
+        length, batch = self.stage.sequence_length, self._batch(self.stage)
+        self.loader = Loader(corpus, settings.data, tokenizer, length, batch, settings.seed)
         # Of ranks with the same tokens one counts
         self.counts = not self.topology.index("tensor")
         self.saving = Saving(directory.checkpoints, settings.checkpoint, self.topology.rank)
@@ -102,17 +100,20 @@ class Trainer:
         self.layers = LayerStatistics(model, sizes, self.counts, self.topology.device)
         place = (self.topology.rank, self.topology.world_size)
         self.hang_watch = HangWatch(directory.stacks, *place, self.train.hang_timeout)
-        self.flops_share = training_flops_per_token(settings.model, self.train.sequence_length) / peak_flops
+        self.peak_flops = peak_flops
+        self.flops_per_token = training_flops_per_token(settings.model, length)
+        self._set_attention_mode(self.stage.attention_mode)
+        self._set_weights(self.stage)
 
     @property
     def last_step(self) -> int:
         """Step at which this process ends: the run's length, or train.stop_at_step."""
-        return min(self.train.total_steps, self.train.stop_at_step or self.train.total_steps)
+        return min(self.plan.total_steps, self.train.stop_at_step or self.plan.total_steps)
 
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to train, as opposed to a pause."""
-        return self.step >= self.train.total_steps or self.dry
+        return self.step >= self.plan.total_steps or self.dry
 
     @property
     def tokens(self) -> int:
@@ -122,7 +123,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to `last_step`, or to the step edge after a signal; then validate and save."""
         validated = self.validation.get("step")
-        progress = Progress(self.train.total_steps, self.step, self.topology.rank)
+        progress = Progress(self.plan.total_steps, self.step, self.topology.rank)
         with (
             progress,
             StopRequest(self.deadline) as stop,
@@ -144,7 +145,7 @@ class Trainer:
                     self.validate(progress)
                     validated = self.step
                 if _due(self.step, self.train.evaluate_every):
-                    self.log({"step": self.step, "tokens": self.tokens, **self.evaluation.figures()})
+                    self.log({"step": self.step, "tokens": self.tokens, **self.evaluation.figures(self.stage)})
                 due = _due(self.step, self.settings.checkpoint.every) or self.saving.retry
                 if due and self.step < self.last_step and not self.interrupted:
                     self.save()
@@ -162,21 +163,21 @@ class Trainer:
         started = time.perf_counter()
         self._beat("training")
         self.times.take()  # what validation left
+        self.enter(self.plan.at(self.step))
         self.model.train()
         batches = self._next_batches()
         if batches is None:
             self.dry = True
             return None
         self._set_normalisation(batches)
-        rate = learning_rate(self.step, self.train.total_steps, self.settings.schedule)
         looks_inside = _due(self.step + 1, self.train.layers_every)
         with self.layers.measuring() if looks_inside else nullcontext():
             recorded = self.engine.train(batches)
             with self.times.part("optimizer"):
-                result = self.engine.step(rate)
+                result = self.engine.step(self.stage.learning_rate)
         if not result.finite:
             logger.warning("step %d: the gradient is not finite; the update is skipped", self.step + 1)
-        learning = self.train.attention_mode != "indexer_warmup"  # the routers too
+        learning = self.stage.attention_mode != "indexer_warmup"  # the routers too
         loads = self._balance_routers(result.finite and learning)
         violations = {_layer(name): float(max_violation(load)) for name, load in loads.items()}
         self.step += 1
@@ -191,18 +192,19 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             **values,
-            "lr": rate,
+            "lr": self.stage.learning_rate,
             "grad_norm": result.grad_norm,
             "skipped": not result.finite,
-            "tokens_per_second": self.train.tokens_per_step / seconds,
-            "mfu": self.train.tokens_per_step / seconds * self.flops_share,
+            "tokens_per_second": self.stage.tokens / seconds,
+            "mfu": self.stage.tokens / seconds * self.flops_per_token / self.peak_flops,
             "memory_gib": all_max(_peak_memory_gib(self.topology.device), self.topology.device),
             "max_violation": max(violations.values(), default=0.0),
             "max_violation_by_layer": violations,
-            "phase": 0,
+            "phase": self.stage.index,
+            "phase_name": self.stage.name,
             "attention_mode": self.model.attention_mode,
-            "sequence_length": self.train.sequence_length,
-            "global_batch_size": self.train.global_batch_size,
+            "sequence_length": self.stage.sequence_length,
+            "global_batch_size": self.stage.global_batch_size,
             "data_tokens": dict(progress.by_source),
             "batch_tokens": {name[len("tokens/") :]: int(n) for name, n in data.items() if name.startswith("tokens/")},
             "data_hash": progress.data_hash,
@@ -213,6 +215,35 @@ class Trainer:
             **times,
             **inside,
         }
+
+    def enter(self, stage: Stage) -> None:
+        """Between steps, on every rank: make the data, the engine and the model what the next step needs."""
+        before, self.stage = self.stage, stage
+        if stage.index != before.index:
+            logger.info("from step %d on: phase %d, %s", self.step + 1, stage.index, stage.name)
+        batch = self._batch(stage)
+        if (stage.sequence_length, batch) != (self.loader.sequence_length, self.loader.batch):
+            self.loader.load_state_dict(self._loader_state())  # its rows may lie in other lanes
+            self.loader.set_batch(batch)
+            self.loader.set_sequence_length(stage.sequence_length)
+            self.engine.set_batch(batch.micro, self.accumulation)
+            self.flops_per_token = training_flops_per_token(self.settings.model, stage.sequence_length)
+        if stage.attention_mode != before.attention_mode:
+            self._set_attention_mode(stage.attention_mode)
+        self._set_weights(stage)
+
+    def _batch(self, stage: Stage) -> BatchConfig:
+        """This rank's rows of its steps."""
+        sizes = (stage.global_batch_size, self.settings.micro_batch(stage))
+        return BatchConfig(*sizes, self.topology.index("data"), self.topology.sizes.data)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a step."""
+        return self.loader.batch.total // (self.loader.batch.micro * self.loader.batch.world)
+
+    def _set_weights(self, stage: Stage) -> None:
+        self.model.losses.mtp_weight, self.model.losses.balance_weight = stage.mtp_weight, stage.balance_weight
 
     def _beat(self, doing: str) -> None:
         """This rank has got on."""
@@ -282,7 +313,7 @@ class Trainer:
 
     def validate(self, progress: Progress) -> None:
         """Log what held-out text says."""
-        self.validation = {"step": self.step, **self.validator.figures()}
+        self.validation = {"step": self.step, **self.validator.figures(self.stage)}
         progress.note(
             f"step {self.step}: validation loss {self.validation['val_loss']:.4f} nats/token, "
             f"{self.validation['val_bits_per_byte']:.4f} bits/byte, "
@@ -305,6 +336,8 @@ class Trainer:
             "loader": self._loader_state(),
             "rng": torch.get_rng_state().numpy().tobytes().hex(),
             "validation": self.validation,
+            "attention_mode": self.model.attention_mode,
+            "history": self.plan.history(self.step),
             "wandb_id": self.tracker.run_id,
             "config": self.settings.resolved,
             "layout": asdict(self.topology.sizes),
@@ -341,6 +374,7 @@ class Trainer:
         state = reader.manifest["state"]
         self.step = self.saving.last = reader.manifest["step"]
         self.loader.load_state_dict(state["loader"])
+        self.enter(self.plan.at(max(0, self.step - 1)))  # as after the step that was saved
         self.validation = state["validation"]
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
         if self.metrics is not None:
@@ -377,7 +411,7 @@ class Trainer:
         loads = all_sum_tensor(loads)
         for router, load in zip(routers.values(), loads, strict=True) if update else ():
             if not router.bias.is_meta:
-                router.update_bias(load, self.settings.model.moe.bias_update_speed)
+                router.update_bias(load, self.stage.bias_update_speed)
         return dict(zip(routers, loads, strict=True))
 
     def _own(self, batch: Batch) -> Batch:

@@ -74,7 +74,7 @@ class ScoreRouter(nn.Module):
             valid = document_ids >= 0
             self._count(chosen, valid)
             balance = sequence_balance_loss(scores, self.options.top_k, valid, self.seams.sequence)
-            weight = self.options.balance_loss_weight * self.loss_share
+            weight = self.losses.balance_weight * self.loss_share
             weights = self.losses.attach(weights, "balance_loss", balance, weight)
         return chosen, weights
 
