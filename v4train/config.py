@@ -25,6 +25,7 @@ from v4train.parallel.sizes import ParallelismConfig, check_batch, default_micro
 from v4train.parallel.topology import Topology, make_topology
 from v4train.structured import structured
 from v4train.train.checkpoint import CheckpointConfig
+from v4train.train.spike_guard import GuardConfig
 from v4train.train.tracking import TrackingConfig
 
 PRECISIONS = ("fp32", "bf16")
@@ -103,6 +104,7 @@ class Settings:
     parallelism: ParallelismConfig
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
+    guard: GuardConfig
     tracking: TrackingConfig
     topology: Topology
     resolved: dict[str, Any]
@@ -148,6 +150,7 @@ def settings(config: DictConfig) -> Settings:
         parallelism=parallelism,
         checkpoint=structured(CheckpointConfig, resolved["checkpoint"], "checkpoint"),
         evaluation=structured(EvaluationConfig, resolved["evaluation"], "evaluation"),
+        guard=structured(GuardConfig, resolved["guard"], "guard"),
         tracking=structured(TrackingConfig, resolved["tracking"], "tracking"),
         topology=make_topology(parallelism, checked_device(device)),
         resolved=resolved,
