@@ -188,7 +188,7 @@ def test_off_it_counts_skipped_updates_only():
         ("anticipation_steps", 0),
         ("loss_threshold", math.nan),
         ("max_rollbacks", -1),
-        ("min_history", 129),
+        ("min_history", 65),
     ],
 )
 def test_bad_values_are_refused_by_key(key, value):
