@@ -73,6 +73,7 @@ def twin_losses(base: Path, age: int, monkeypatch) -> list[float]:
     """Plain PyTorch: a copy of the model for each step, of which the one `age` steps old chooses."""
     made = settings(load(tiny(base, "oracle", *COMMON, *ADAMW, "parallelism=zero0")))
     tokenizer, corpus = load_data(made.data, made.tokenizer, made.train.validation_tokens)
+    torch.set_num_threads(1)  # such small products gain nothing from a second one
     batches = BatchConfig(4, 4, 0, 1)
     loader = Loader(corpus, made.data, tokenizer, made.train.sequence_length, batches, made.seed)
     model = build_model(made.model)

@@ -31,7 +31,8 @@ def cases():
     yield pytest.param((2, {name: ZERO[name] for name in SAMPLE}), id="sample")
     exhaustive = pytest.mark.exhaustive
     for world in (1, 2):
-        yield pytest.param((world, {n: ZERO[n] for n in ZERO if world == 1 or n not in SAMPLE}), marks=exhaustive)
+        runs = {name: ZERO[name] for name in ZERO if world == 1 or name not in SAMPLE}
+        yield pytest.param((world, runs), id=f"zero_{world}", marks=exhaustive)
     for world, layouts in ((2, TWO), (4, FOUR)):
         for name, layout in layouts.items():
             runs = {f"{name}_{how}": [*layout, f"optimizer={how}"] for how in ("adamw", "muon")}

@@ -142,6 +142,7 @@ def test_what_comes_back_every_time_ends_the_run(tmp_path):
     (error,) = [line for line in log.read_text().splitlines() if line.startswith("error")]
     assert "3 updates in a row were skipped" in error and "after going back 2 times" in error
     newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert checkpoint.read_manifest(newest)["state"]["guard"]["rollbacks"] == 0  # whoever starts it again may try again
     assert newest.name == "step_00000005" and len(losses(tmp_path, "run")) == 5
     assert Life(arguments, log).end() == 0, log.read_text()
     assert len(losses(tmp_path, "run")) == 16 and losses(tmp_path, "run", "skipped") == [False] * 16
@@ -167,6 +168,7 @@ def test_rows_that_spiked_are_passed_over_and_a_restart_knows(tmp_path, place):
             assert losses(tmp_path, name, key) == losses(tmp_path, "whole", key), (name, key)
     plain = Life(tiny(tmp_path, "plain", *arguments), tmp_path / "plain.log")
     assert plain.end() == 0
+    assert losses(tmp_path, "whole", "anticipatory") == [False] * 10 + [True] * 6
     hashes, expected = losses(tmp_path, "whole", "data_hash"), losses(tmp_path, "plain", "data_hash")
     assert hashes[:11] == expected[:11] and hashes[11] != expected[11]
     assert losses(tmp_path, "whole", "tokens") == losses(tmp_path, "plain", "tokens")

@@ -35,6 +35,7 @@ class Anticipation:
         self._routers = {name: router for name, router in routers.items() if not router.bias.is_meta}
         self._queue: deque[Choice] = deque()  # the next step's first
         self._ended = False  # the data have, before what was looked for
+        self.given = False  # whether the last step's experts were chosen beforehand
 
     @property
     def steps(self) -> int:
@@ -52,9 +53,8 @@ class Anticipation:
 
     def give(self) -> None:
         """Let the routers take the experts that were chosen for the step that is trained now, if there are any."""
-        if not self._queue:
-            return
-        for name, chosen in self._queue.popleft().items():
+        self.given = bool(self._queue)
+        for name, chosen in self._queue.popleft().items() if self._queue else ():
             self._routers[name].coming.extend(own.long() for own in chosen)
 
     def keep(self, steps: int) -> None:

@@ -75,7 +75,8 @@ class Recovery:
 
     def figures(self) -> dict[str, Any]:
         """For a step's line of metrics."""
-        return {"skipped_steps": self.guard.skipped, "rollbacks": self.guard.rollbacks}
+        counts = {"skipped_steps": self.guard.skipped, "rollbacks": self.guard.rollbacks}
+        return counts | {"anticipatory": self.anticipation.given}
 
     def spiked(self, record: dict[str, Any]) -> bool:
         """Whether the step that was taken completes a spike, and the run has gone back to before it.
@@ -105,6 +106,7 @@ class Recovery:
         event = {"step": target, "seen_at": seen_at, "why": spike.why}
         if ends:
             guard.gave_up()
+            trainer.saving.last = None  # a checkpoint of this step may lie there, with the count as it was
             self._note(event | {"event": "gave up"})
             trainer.save_last()
             self._remove_later(target)
@@ -117,7 +119,8 @@ class Recovery:
             self.anticipation.keep(seen_at - spike.steps - target)
             trainer.loader.pass_over(*rows)
         self._note(event | {"event": "went back", "passed_over": rows if self.config.skip_data else []})
-        logger.warning("step %d: %s; back to step %d, %s", seen_at, spike.why, target, self._plan(seen_at))
+        if trainer.topology.rank == 0:
+            logger.warning("step %d: %s; back to step %d, %s", seen_at, spike.why, target, self._plan(seen_at))
         if trainer.settings.checkpoint.every:  # or a kill would bring back what has just been left
             trainer.save()
             if trainer.saving.settle() is None:
@@ -197,7 +200,7 @@ class Recovery:
         if self.trainer.topology.rank == 0:
             with MetricsFile(self.trainer.directory.events) as file:
                 file.write(event)
-            self.trainer.tracker.log(self.figures() | {"event": event["event"]}, event["seen_at"])
+            self.trainer.tracker.log({"rollbacks": self.guard.rollbacks, "event": event["event"]}, event["seen_at"])
 
     def _stop(self, text: str) -> None:
         """End the run on every rank, which rank 0 explains."""

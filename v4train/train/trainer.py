@@ -136,7 +136,6 @@ class Trainer:
             self.saving,
         ):
             while self.step < self.last_step and not self.interrupted:
-                self.recovery.prepare()
                 with self.profiler.step(self.step + 1):
                     record = self.train_step(stop)
                 if record is None:
@@ -169,6 +168,7 @@ class Trainer:
         started = time.perf_counter()
         self._beat("training")
         self.times.take()  # what validation left
+        self.recovery.prepare()
         self.model.train()
         batches = self._next_batches()
         if batches is None:
