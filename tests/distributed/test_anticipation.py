@@ -73,7 +73,6 @@ def twin_losses(base: Path, age: int, monkeypatch) -> list[float]:
     """Plain PyTorch: a copy of the model for each step, of which the one `age` steps old chooses."""
     made = settings(load(tiny(base, "oracle", *COMMON, *ADAMW, "parallelism=zero0")))
     tokenizer, corpus = load_data(made.data, made.tokenizer, made.train.validation_tokens)
-    torch.set_num_threads(1)  # such small products gain nothing from a second one
     batches = BatchConfig(4, 4, 0, 1)
     loader = Loader(corpus, made.data, tokenizer, made.train.sequence_length, batches, made.seed)
     model = build_model(made.model)
@@ -98,6 +97,16 @@ def twin_losses(base: Path, age: int, monkeypatch) -> list[float]:
     return found
 
 
+@pytest.fixture
+def _one_thread():
+    """Such small products gain nothing from a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 def test_it_is_training_with_an_older_twin_that_chooses(base, monkeypatch):
     got = losses(base, "twin")
     assert got == pytest.approx(twin_losses(base, AGE, monkeypatch), abs=LOSS["adamw"], rel=0)

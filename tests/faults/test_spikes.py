@@ -26,6 +26,7 @@ LONG = [*FAST, f"train.max_steps={STEPS}", "guard.anticipation_after=20"]
 SHORT = [*FAST, "train.max_steps=16", "guard.min_history=8", "guard.snapshot_every=5", "guard.anticipation_steps=2"]
 SEEDS = (1, 2, 3)
 EXPERT, FACTOR = 3, 1000.0
+BOTH = [pytest.param(place, (11, 13), marks=pytest.mark.exhaustive) for place in ("memory", "disk")]
 
 
 def before_steps(steps: range, fault: Callable, times: int) -> None:
@@ -148,13 +149,12 @@ def test_what_comes_back_every_time_ends_the_run(tmp_path):
     assert len(losses(tmp_path, "run")) == 16 and losses(tmp_path, "run", "skipped") == [False] * 16
 
 
-@pytest.mark.parametrize("place", ["memory", pytest.param("disk", marks=pytest.mark.exhaustive)])
-def test_rows_that_spiked_are_passed_over_and_a_restart_knows(tmp_path, place):
-    """Stopped at each kind of moment after the spike: while routing is anticipatory, before the rows that are left out
-    and behind them. Everything goes on bitwise."""
+@pytest.mark.parametrize(("place", "stops"), [("memory", (11,)), *BOTH])
+def test_rows_that_spiked_are_passed_over_and_a_restart_knows(tmp_path, place, stops):
+    """Stopped while routing is anticipatory, before the rows that are left out, or behind them: it goes on bitwise."""
     fault = partial(before_steps, range(12, 15), gradient_not_finite, 1)
     arguments = [*SHORT, "guard.max_skipped=3", f"guard.snapshot={place}", "checkpoint.every=5"]
-    names = ["whole", *(f"stopped_{step}" for step in (11, 13))]
+    names = ["whole", *(f"stopped_{step}" for step in stops)]
     for name in names:
         life = Life(tiny(tmp_path, name, *arguments), tmp_path / f"{name}.log", partial(stopping, name, fault))
         assert life.end() in (0, 75), life.log.read_text()
