@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from v4train.errors import ConfigError, SweepFailed, errors_from_hydra, wants_traceback
 from v4train.overrides import complete, config_dir, explain
-from v4train.train.signals import REQUEUE
+from v4train.train.signals import REQUEUE, SPIKED
 
 LISTENING = 5  # seconds that other ranks leave rank 0 to speak
 errors_from_hydra()
@@ -79,7 +79,7 @@ def started() -> int:
 if __name__ == "__main__":
     code = started()
     # Set by torchrun, or by the run itself under srun
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and code in (0, REQUEUE):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and code in (0, REQUEUE, SPIKED):
         from v4train.parallel.topology import leave
 
         leave(code)

@@ -26,6 +26,7 @@ from v4train.parallel.topology import Topology, make_topology
 from v4train.structured import structured
 from v4train.train.checkpoint import CheckpointConfig
 from v4train.train.phases import Plan, Stage, make_plan
+from v4train.train.spike_guard import GuardConfig
 from v4train.train.tracking import TrackingConfig
 
 PRECISIONS = ("fp32", "bf16")
@@ -91,6 +92,7 @@ class Settings:
     parallelism: ParallelismConfig
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
+    guard: GuardConfig
     tracking: TrackingConfig
     topology: Topology
     plan: Plan
@@ -147,6 +149,7 @@ def settings(config: DictConfig) -> Settings:
         parallelism=parallelism,
         checkpoint=structured(CheckpointConfig, resolved["checkpoint"], "checkpoint"),
         evaluation=structured(EvaluationConfig, resolved["evaluation"], "evaluation"),
+        guard=structured(GuardConfig, resolved["guard"], "guard"),
         tracking=structured(TrackingConfig, resolved["tracking"], "tracking"),
         topology=topology,
         plan=make_plan(schedule, train, model),

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.model.mixtures import EXPERTS, HIDDEN, TOP_K, config_of, filled, random
@@ -257,3 +258,55 @@ def test_routers_of_a_model():
     model(tokens, ids, targets)
     loads = [router.take_load() for router in model.routers().values()]
     assert [load.sum().item() for load in loads] == [49 * 2, (8 + 13 + 25) * 2]  # MTP: tokens whose next is known
+
+
+def test_experts_that_were_chosen_beforehand():
+    """Their weights, the load, the balance loss and the gradients are those that the scores of now give them."""
+    router = filled(ScoreRouter(config_of(), Losses(), 1))
+    x, ids = random(2, 7, HIDDEN).requires_grad_(), torch.zeros(2, 7, dtype=torch.long)
+    given = torch.stack(
+        [torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(i))[:TOP_K] for i in range(14)]
+    )
+    given = given.view(2, 7, TOP_K)
+    own, _ = router(x, ids, ids)
+    balance, _ = router.losses.collect()["balance_loss"], router.take_load()
+    chosen, weights = router(x, ids, ids, given)
+    assert torch.equal(chosen, given) and not torch.equal(own.sort(-1).values, given.sort(-1).values)
+    scores = torch.sqrt(F.softplus(x @ router.weight.T)).gather(-1, given)
+    expected = scores / scores.sum(-1, keepdim=True) * router.options.routed_scaling_factor
+    torch.testing.assert_close(weights.double(), expected.double())
+    assert router.take_load().tolist() == loads_by_choice(given, torch.ones_like(ids))
+    assert torch.equal(router.losses.collect()["balance_loss"], balance)
+    router.options.balance_loss_weight = 0.0
+    _, weights = router(x, ids, ids, given)
+    mine, theirs = (torch.autograd.grad(y.double().square().sum(), x, retain_graph=True) for y in (weights, expected))
+    torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_a_model_takes_one_choice_for_each_forward_pass(recompute):
+    """In every score-routed layer, MTP's too; with recomputation as without; and then chooses for itself again."""
+    model = random_model(tiny_config("swa csa hca", moe__num_hash_layers=1))
+    tokens, ids, targets = batch_of([9, -3, 14], [26])
+    plain = model(tokens, ids, targets).loss
+    model.recompute = recompute
+    taken, generator = {}, torch.Generator().manual_seed(1)
+    for name, router in model.routers().items():
+        scores = torch.rand(2, *tokens.shape, 8, generator=generator)
+        router.coming.extend(scores.topk(2, dim=-1).indices)
+        router.register_forward_hook(lambda *args, name=name: taken.setdefault(name, []).append(args[-1][0]))
+    expected = {name: list(router.coming) for name, router in model.routers().items()}
+    losses = []
+    for _ in range(2):
+        loss = model(tokens, ids, targets).loss
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss)
+    assert losses[0] != losses[1] and plain not in losses
+    again = 2 if recompute == "block" else 1
+    for name, router in model.routers().items():
+        assert not router.coming
+        for number in range(2):
+            passes = taken[name][number * again : (number + 1) * again]
+            assert len(passes) == again and all(torch.equal(own, expected[name][number]) for own in passes), name
+    assert torch.equal(model(tokens, ids, targets).loss, plain)

@@ -5,6 +5,7 @@ import html
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from v4train.report import compare, report
 from v4train.report.differences import differences
 from v4train.report.figures import PICTURES
 from v4train.report.figures_of_layers import LAYER_PICTURES
+from v4train.report.page import final_figures
 from v4train.report.runs import read_run
 
 
@@ -58,6 +60,18 @@ def test_curves_hold_the_records(folder):
     np.testing.assert_allclose(run.curve("lm_loss", "hours")[0], 0.5 * np.arange(1, 61) / 3600)
     np.testing.assert_allclose(run.curve("val_loss", "hours")[0], [10 / 3600, 20 / 3600, 30 / 3600])
     assert run.events == [(7, "update skipped"), (31, "another attention mode"), (31, "another phase")]
+
+
+def test_spikes_are_events_of_the_run(folder, tmp_path):
+    shutil.copytree(folder / "high", tmp_path / "high")
+    (tmp_path / "high" / "events.jsonl").write_text(
+        '{"step": 7, "event": "update skipped", "seen_at": 7}\n{"step": 9, "event": "went back", "seen_at": 12}\n'
+    )
+    run = read_run(tmp_path / "high")
+    expected = [(7, "update skipped"), (12, "went back"), (31, "another attention mode"), (31, "another phase")]
+    assert run.events == expected
+    assert final_figures(run)["spikes gone back for"] == "1"
+    assert "spikes gone back for" not in final_figures(read_run(folder / "high"))
 
 
 def test_hours_count_the_steps_that_were_not_logged(folder):

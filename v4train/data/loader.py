@@ -1,6 +1,6 @@
 """Micro-batches of training rows for one data rank, with a position that fits in a few lines of JSON."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
@@ -108,8 +108,9 @@ class BatchConfig:
 class Progress:
     """What all ranks have trained on so far: plain values, in a checkpoint."""
 
-    rows: int = 0
+    rows: int = 0  # of the sequence so far
     tokens: int = 0  # positions, padding included
+    passed_over: int = 0  # positions of rows that were left out
     by_source: Counter = field(default_factory=Counter)  # tokens of documents
     padding: int = 0
     documents: int = 0
@@ -125,8 +126,9 @@ class Progress:
 
 
 class Step(NamedTuple):
-    """One rank's part of an optimizer step. states, epochs: by lane, behind the rows."""
+    """One rank's part of an optimizer step. first: its first row. states, epochs: by lane, behind the rows."""
 
+    first: int
     batches: list[Batch]
     states: dict[int, dict[str, Any]]
     epochs: dict[int, dict[str, float]]
@@ -161,8 +163,10 @@ class Loader:
         self.mixture = Mixture(list(corpus.sources), data.weights)
         self.progress = Progress()
         self._states: dict[int, dict[str, Any]] = {}  # of lanes, as far as rows of them were trained on
-        self._states_before = self._states
+        self._before = self._place()  # of the last step
         self._epochs: dict[int, dict[str, float]] = {}  # by lane
+        self._gaps: list[list[int]] = []  # [first, end) of the rows that are passed over
+        self._ahead: deque[Step] = deque()  # taken from the threads before their time
         self._rows: Prefetch | None = None  # by lane
         self._steps: Prefetch | None = None
         self.counts: Counter = Counter()
@@ -173,27 +177,55 @@ class Loader:
         `counts` are its figures. Raises EndOfData on a rank whose rows are not there; nothing is taken then, and where
         another rank has taken its own, it is to `take_back`.
         """
-        if self._steps is None:
-            self._start()
-        try:
-            step = self._steps.take(0)
-        except BaseException:
-            self.close()  # a further call begins anew at the same row
-            raise
-        self._states_before = self._states
+        self.look_ahead(0)
+        step = self._ahead.popleft()
+        self._before = self._place()
         self._states = self._states | step.states
         self._epochs |= step.epochs
         self.counts = step.counts
-        self.progress.rows += self.batch.total
+        self.progress.passed_over += (step.first - self.progress.rows) * self.sequence_length
+        self.progress.rows = step.first + self.batch.total
         self.progress.tokens += self.batch.total * self.sequence_length
         return step.batches
+
+    def look_ahead(self, steps: int) -> list[Batch]:
+        """What `next_step` will give after so many more steps. Raises EndOfData as that does.
+
+        The position stays, and whatever sets another one also forgets what was looked at.
+        """
+        while len(self._ahead) <= steps:
+            first = self._ahead[-1].first + self.batch.total if self._ahead else self.progress.rows
+            after = self._behind_gaps(first)
+            if after != first:
+                self._stop_threads()
+            if self._steps is None:
+                self._start(after)
+            try:
+                self._ahead.append(self._steps.take(0))
+            except BaseException:
+                self.close()  # a further call begins anew at the same row
+                raise
+        return self._ahead[steps].batches
 
     def take_back(self) -> None:
         """The last step was not trained on: go back to before it."""
         self.close()
-        self.progress.rows -= self.batch.total
-        self.progress.tokens -= self.batch.total * self.sequence_length
-        self._states = self._states_before
+        self._states, self.progress.rows, self.progress.tokens, self.progress.passed_over = self._before
+
+    def pass_over(self, first: int, end: int) -> None:
+        """Leave rows [first, end) of the sequence out, which were not trained on yet. Same call on every rank."""
+        self.close()
+        self._gaps.append([first, end])
+
+    def _behind_gaps(self, row: int) -> int:
+        """The first row from `row` on that a step can begin with."""
+        for first, end in sorted(self._gaps):
+            if first < row + self.batch.total and row < end:
+                row = end
+        return row
+
+    def _place(self) -> tuple[dict[int, dict[str, Any]], int, int, int]:
+        return self._states, self.progress.rows, self.progress.tokens, self.progress.passed_over
 
     def count(self, everyones: dict[str, float]) -> None:
         """Add the last step's `counts`, summed over the data ranks, to `progress`."""
@@ -229,6 +261,10 @@ class Loader:
 
     def close(self) -> None:
         """End the threads. What was read ahead is read again where there is another step."""
+        self._stop_threads()
+        self._ahead.clear()
+
+    def _stop_threads(self) -> None:
         for prefetch in (self._rows, self._steps):  # in this order: the second may be waiting for the first
             if prefetch is not None:
                 prefetch.stop()
@@ -242,6 +278,7 @@ class Loader:
             "recipe": self._recipe(),
             "progress": vars(self.progress) | {"by_source": dict(self.progress.by_source)},
             "lanes": {str(lane): state for lane, state in self._states.items()},
+            "gaps": [list(gap) for gap in self._gaps],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -260,6 +297,7 @@ class Loader:
         self.progress = Progress(**progress | {"by_source": Counter(progress["by_source"])})
         self._states = {int(lane): own for lane, own in state["lanes"].items()}
         self._epochs = {}
+        self._gaps = [list(gap) for gap in state.get("gaps", [])]  # absent: saved by an older version
 
     def _recipe(self) -> str:
         """What the sequence of rows depends on beside documents and seed."""
@@ -273,7 +311,7 @@ class Loader:
         states = {lane: row.state for lane, row in zip(lanes, rows, strict=True)}
         epochs = {lane: row.epochs for lane, row in zip(lanes, rows, strict=True)}
         batches = [stack_rows(row.row for row in micro) for micro in taken]
-        return Step(batches, states, epochs, self._counted(rows))
+        return Step(first, batches, states, epochs, self._counted(rows))
 
     def _take(self, number: int) -> LaneRow:
         row = self._rows.take(number % self.num_lanes)
@@ -288,8 +326,8 @@ class Loader:
         others = map(sum, zip(*((*row.packed[1:], *row.digest) for row in rows), strict=True))
         return Counter(counts | dict(zip((*Packed._fields[1:], "hash_high", "hash_low"), others, strict=True)))
 
-    def _start(self) -> None:
-        first, lanes = self.progress.rows, self.num_lanes
+    def _start(self, first: int) -> None:
+        lanes = self.num_lanes
         steps = range(first, first + self.batch.total * lanes // gcd(self.batch.total, lanes), self.batch.total)
         own = {number % lanes for step in steps for rows in self.batch.rows(step) for number in rows}
         readers = {lane: self._reader(lane) for lane in sorted(own)}
@@ -310,7 +348,8 @@ class Loader:
         for number, (name, source) in enumerate(self.corpus.sources.items()):
             stream = source.stream(Lane(lane, self.num_lanes, self.seed, number))
             packers[name] = Packer(stream, config, PackerState(**saved["sources"][name]) if saved else None)
-        before, tokens, length = self.progress.rows, self.progress.tokens, self.sequence_length
+        before, length = self.progress.rows, self.sequence_length
+        tokens = self.progress.tokens + self.progress.passed_over
         reached = lambda number: tokens + (number - before) * length  # noqa: E731
         return LaneReader(lane, self.num_lanes, packers, self.mixture, reached, self.data.when_dry, saved)
 

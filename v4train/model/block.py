@@ -47,14 +47,20 @@ class Block(nn.Module):
         targets: Tensor | None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        chosen = self.ffn.take_coming() if self.is_moe else None  # here, where no recomputation comes by again
         if self._recomputes("block", cache):
-            streams = recomputed(self._streams, streams, input_ids, document_ids)
+            streams = recomputed(self._streams, streams, input_ids, document_ids, chosen)
         else:
-            streams = self._streams(streams, input_ids, document_ids, cache)
+            streams = self._streams(streams, input_ids, document_ids, chosen, cache)
         return streams, input_ids, document_ids, targets
 
     def _streams(
-        self, streams: Tensor, input_ids: Tensor, document_ids: Tensor, cache: LayerCache | None = None
+        self,
+        streams: Tensor,
+        input_ids: Tensor,
+        document_ids: Tensor,
+        chosen: Tensor | None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         x, unmixed, coefficients = self.attention_residual(streams)
         normalised = self.attention_norm(x)
@@ -70,7 +76,7 @@ class Block(nn.Module):
         between = merge()
         x, unmixed, coefficients = self.ffn_residual(between)
         normalised = self.ffn_norm(x)
-        transformed = self.ffn(normalised, input_ids, document_ids) if self.is_moe else self.ffn(normalised)
+        transformed = self.ffn(normalised, input_ids, document_ids, chosen) if self.is_moe else self.ffn(normalised)
         output = self.ffn_residual.merge(unmixed, transformed, coefficients)
         if coefficients is not None:
             again = _input_again(self.ffn_residual, self.ffn_norm, unmixed, coefficients)

@@ -38,6 +38,8 @@ from v4train.parallel.sizes import ParallelismConfig
 from v4train.parallel.slices import Box, Slice
 from v4train.parallel.topology import Topology
 
+EngineSnapshot = list[tuple[Tensor, dict[str, Tensor]]]  # what holds weights, and the optimizer's state of it
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -148,8 +150,7 @@ class Engine:
         have none. What trains is no matter of `requires_grad`: ZeRO fixes that when it starts. Between steps only
         (ZeRO 1-2 run Muon within the last backward pass); RuntimeError otherwise.
         """
-        if self._begun:
-            raise RuntimeError("micro-batches of a step are under way: freeze between steps")
+        self._check_between_steps("freeze")
         frozen = frozenset(groups)
         self._check_names(frozen)
         for group in self._optimizer.param_groups:
@@ -314,6 +315,37 @@ class Engine:
                 # Parameters in one flat buffer share the count; they always have the same.
                 adamw_state(self._optimizer, self._state.holder(parameter))[STEP].copy_(tensors[STEP])
         self._state.finish()
+
+    @torch.no_grad()
+    def snapshot(self) -> EngineSnapshot:
+        """Copies in main memory of all weights and optimizer state that this rank holds. Between steps only."""
+        self._check_between_steps("take a snapshot")
+        return [
+            (holder.data.to("cpu", copy=True), {key: own.to("cpu", copy=True) for key, own in state.items()})
+            for holder, state in self._held_states()
+        ]
+
+    @torch.no_grad()
+    def roll_back(self, snapshot: EngineSnapshot) -> None:
+        """Put back, to the last bit, what `snapshot` gave. Between steps only; collective."""
+        self._check_between_steps("roll back")
+        for (holder, state), (weight, then) in zip(self._held_states(), snapshot, strict=True):
+            holder.data.copy_(weight)
+            for key in state.keys() - then.keys():  # made since
+                del state[key]
+            for key, value in then.items():
+                state[key].copy_(value)
+        self._state.finish()
+
+    def _held_states(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """What torch's optimizer steps on this rank, parameters or flat buffers, each with its state."""
+        holders = (self._state.holder(parameter) for parameter, _ in self._parameters.values())
+        for holder in {id(holder): holder for holder in holders}.values():
+            yield holder, self._optimizer.state[holder]
+
+    def _check_between_steps(self, what: str) -> None:
+        if self._begun:
+            raise RuntimeError(f"micro-batches of a step are under way: {what} between steps")
 
     def _box(self, name: str) -> Box:
         """Where in the whole parameter the part lies that is here."""

@@ -22,7 +22,7 @@ from v4train.data import Batch
 from v4train.model import Transformer
 from v4train.model.losses import Losses, Recorded
 from v4train.parallel.deepspeed_fixes import share_out_experts
-from v4train.parallel.engine import Engine
+from v4train.parallel.engine import Engine, EngineSnapshot
 from v4train.parallel.groups import Groups
 from v4train.parallel.slices import Box
 from v4train.parallel.stages import Stages
@@ -144,6 +144,10 @@ class PipelineEngine(Engine):
 
     def load_named_state(self, read: Callable[[str, Box], dict[str, Tensor]]) -> None:
         super().load_named_state(read)
+        self._copy_embedding()
+
+    def roll_back(self, snapshot: EngineSnapshot) -> None:
+        super().roll_back(snapshot)
         self._copy_embedding()
 
     def _take_step(self) -> None:

@@ -79,6 +79,8 @@ def final_figures(run: Run) -> dict[str, str]:
     if len(memory):
         found["peak memory (GiB)"] = f"{memory.max():.2f}"
     found["updates skipped"] = f"{sum(bool(record.get('skipped')) for record in run.steps):,}"
+    if back := sum(event["event"] == "went back" for event in run.incidents):
+        found["spikes gone back for"] = f"{back:,}"
     if parts := mean_shares(run):
         found["time of a step"] = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
     slowest = Counter(record["slowest_rank"] for record in run.steps if record.get("slowest_rank") is not None)

@@ -18,13 +18,15 @@ CHANGES = ("phase", "attention_mode", "sequence_length", "global_batch_size")
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder, read. `steps` are the records of training, `validations` those with `val_loss`."""
+    """One run's folder, read. `steps` are the records of training, `validations` those with `val_loss`, `incidents`
+    those of events.jsonl."""
 
     name: str
     config: dict[str, Any]
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
     samples: str
+    incidents: tuple[dict[str, Any], ...] = ()
 
     @cached_property
     def clock(self) -> Curve:
@@ -59,13 +61,14 @@ class Run:
 
     @property
     def events(self) -> list[tuple[int, str]]:
-        """(step, what happened): updates skipped, losses that are no numbers, and changes of what is trained on."""
+        """(step, what happened): updates skipped, losses that are no numbers, spikes, changes of what is trained on."""
         events = [(record["step"], "update skipped") for record in self.steps if record.get("skipped")]
         events += [(step, "loss not finite") for step in self.diverged]
+        events += [(event["seen_at"], event["event"]) for event in self.incidents]
         for before, after in zip(self.steps, self.steps[1:], strict=False):
             changed = [key for key in CHANGES if before.get(key) != after.get(key)]
             events += [(after["step"], f"another {key.replace('_', ' ')}") for key in changed]
-        return sorted(events)
+        return sorted(set(events))
 
     def last(self, key: str) -> Any:
         """The newest value of a key that was logged now and then; None if it never was."""
@@ -85,4 +88,6 @@ def read_run(path: Path) -> Run:
     records = read_metrics(directory.metrics) if directory.metrics.is_file() else []
     samples = directory.samples.read_text(encoding="utf-8") if directory.samples.is_file() else ""
     steps = [record for record in records if "loss" in record]
-    return Run(config["run"]["name"], config, steps, [r for r in records if "val_loss" in r], samples.rstrip("\n"))
+    validations = [record for record in records if "val_loss" in record]
+    incidents = tuple(read_metrics(directory.events)) if directory.events.is_file() else ()
+    return Run(config["run"]["name"], config, steps, validations, samples.rstrip("\n"), incidents)

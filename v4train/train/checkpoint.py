@@ -5,6 +5,7 @@
         weight-00000.safetensors    fp32 masters by canonical name, of what rank 0 holds: whole, or slices
         exp_avg-00000.safetensors   and so on: one file for each optimizer state and rank
         buffers-00000.safetensors   router biases and hash tables, one file for each pipeline stage
+    routing-00000.safetensors   experts chosen beforehand for coming steps (anticipatory routing), where there are any
 
 Each rank writes what it holds (checkpoint_writer.py): a tensor that is whole on one rank as it is, any other in slices
 whose names say where in the whole they lie (parallel/slices.py). So any number of ranks, in any layout, can read them.
@@ -16,6 +17,7 @@ import json
 import logging
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from v4train.parallel.slices import Box, Slice, assembled
 FORMAT = 2  # raised when an older reader would misread the files; 1 had whole tensors, and no checksum of the manifest
 MANIFEST = "manifest.json"
 BUFFERS = "buffers"
+ROUTING = "routing"
 REPLACED = "-replaced"  # end of the name of one that another of the same step takes the place of
 
 logger = logging.getLogger("v4train")
@@ -61,12 +64,17 @@ class CheckpointConfig:
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint under `folder` that is whole; torn or altered ones are named in a warning and skipped."""
-    for path in sorted(folder.glob("step_*"), key=_step, reverse=True):
+    return next(whole(folder), None)
+
+
+def whole(folder: Path) -> Iterator[Path]:
+    """The checkpoints under `folder` that are whole, newest first; others are named in a warning."""
+    for path in sorted(folder.glob("step_*"), key=step_of, reverse=True):
         problem = damage(path)
         if problem is None:
-            return path
-        logger.warning("checkpoint %s is damaged (%s); using the one before", path, problem)
-    return None
+            yield path
+        else:
+            logger.warning("checkpoint %s is damaged (%s); using the one before", path, problem)
 
 
 def damage(path: Path) -> str | None:
@@ -115,6 +123,7 @@ class Reader:
         self.path, self.manifest = path, read_manifest(path)
         self._buffers: list[Path] = []
         self._where: dict[str, dict[str, list[_Place]]] = defaultdict(lambda: defaultdict(list))  # by name and kind
+        self._routing: dict[str, list[_Place]] = defaultdict(list)
         for file_name in self.manifest["files"]:
             kind = file_name.removesuffix(".safetensors").partition("-")[0]
             if kind == BUFFERS:
@@ -123,11 +132,14 @@ class Reader:
                 file = safe_open(path / file_name, framework="pt")
                 for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                     piece = Slice.of_key(key)
-                    self._where[piece.name if piece else key][kind].append((piece, file, key))
+                    name = piece.name if piece else key
+                    places = self._routing[name] if kind == ROUTING else self._where[name][kind]
+                    places.append((piece, file, key))
 
     def close(self) -> None:
         """Let go of the files; the manifest stays."""
         self._where.clear()
+        self._routing.clear()
 
     def parameter(self, name: str, box: Box | None = None) -> dict[str, Tensor]:
         """CPU tensors of a parameter by kind (`weight`, `exp_avg`, ...): what lies at `box`, or whole (None).
@@ -135,6 +147,10 @@ class Reader:
         Nothing for a name that isn't there. Raises ValueError where values are missing.
         """
         return {kind: _read(places, box) for kind, places in self._where.get(name, {}).items()}
+
+    def routing(self, name: str, box: Box) -> Tensor:
+        """What lies at `box` of the experts chosen for a coming step (`Anticipation.local_state`)."""
+        return _read(self._routing[name], box)
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters by canonical name, fp32, without the optimizer's state."""
@@ -175,11 +191,11 @@ def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
 
     What lies beyond is a future that a damaged checkpoint cut off: it goes too, where it is damaged.
     """
-    paths = sorted((path for path in folder.glob("step_*") if _step(path) >= 0), key=_step)
-    later = [path for path in paths if _step(path) > step]
+    paths = sorted((path for path in folder.glob("step_*") if step_of(path) >= 0), key=step_of)
+    later = [path for path in paths if step_of(path) > step]
     present = paths[: len(paths) - len(later)]
     old = present[: max(0, len(present) - keep)] if keep else []
-    old = [path for path in old if not (keep_every and _step(path) % keep_every == 0)]
+    old = [path for path in old if not (keep_every and step_of(path) % keep_every == 0)]
     for path in [*(path for path in later if _is_torn(path)), *old]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -205,6 +221,7 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Of a checkpoint's folder; -1 for a name that isn't one's."""
     number = path.name.removeprefix("step_")
     return int(number) if number.isdigit() else -1

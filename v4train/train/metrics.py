@@ -9,9 +9,11 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +73,15 @@ class MetricsFile:
 
         Atomic: a kill in the middle leaves the old file or the new one.
         """
+        self._replace(_lines_up_to(self.path, step))
+
+    def keep_first(self, count: int) -> None:
+        """Keep the first so many complete records; atomic as well."""
+        self._replace(islice(_lines_up_to(self.path, sys.maxsize), count))
+
+    def _replace(self, lines: Iterable[bytes]) -> None:
         self.close()
-        durable.replace(self.path, b"".join(_lines_up_to(self.path, step)))
+        durable.replace(self.path, b"".join(lines))
         self._open()
 
     def close(self) -> None:

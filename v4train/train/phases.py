@@ -210,6 +210,11 @@ class Plan:
     def _stretch(self, step: int) -> Stretch:
         return self.stretches[bisect_right(self._firsts, step) - 1]
 
+    def next_change(self, step: int) -> int:
+        """The first step after `step` that has another length, batch or mode; the run's end where none has."""
+        stretch = self._stretch(step)
+        return self.total_steps if stretch is self.stretches[-1] else stretch.first + stretch.steps
+
     def _first_step_after(self, tokens: int) -> int:
         """Steps that it takes to reach so many tokens."""
         stretch = next(of for of in reversed(self.stretches) if of.tokens < tokens)

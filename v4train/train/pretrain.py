@@ -171,6 +171,7 @@ def make_trainer(
         reader.close()  # what it has mapped takes room on the disk, removed or not
     elif trainer.metrics is not None:
         trainer.metrics.truncate_after(0)  # what a run killed before its first checkpoint left
+    trainer.recovery.cut_events()
     return trainer
 
 

@@ -1,6 +1,7 @@
 """The folder of a run: start, continue or refuse what is there (DESIGN 11). Rank 0 writes, the others wait.
 
-runs/<name>/  config.yaml  metrics.jsonl  summary.json  checkpoints/  wandb/  report/  profile/  samples.txt  log.txt
+runs/<name>/  config.yaml  metrics.jsonl  events.jsonl  summary.json  checkpoints/  wandb/  report/  profile/
+              samples.txt  log.txt
 """
 
 import logging
@@ -33,6 +34,7 @@ class RunDirectory:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples.txt"

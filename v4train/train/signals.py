@@ -9,6 +9,7 @@ import threading
 import time
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+SPIKED = 76  # exit code of a run that spikes again and again (spike_guard.py), and has saved
 REQUEUE = 75  # exit code of a run that has saved and wants to be started again (EX_TEMPFAIL)
 ECHO = 0.2  # seconds within which a signal that comes again is the same one: a terminal and torchrun both send it
 

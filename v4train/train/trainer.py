@@ -4,8 +4,10 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from v4train.train.metrics import MetricsFile
 from v4train.train.phases import Stage
 from v4train.train.profiler import StepProfiler
 from v4train.train.progress import Progress
+from v4train.train.recovery import Recovery
 from v4train.train.run_directory import RunDirectory
 from v4train.train.saving import Saving
 from v4train.train.signals import REQUEUE, StopRequest
@@ -102,6 +105,7 @@ class Trainer:
         self.hang_watch = HangWatch(directory.stacks, *place, self.train.hang_timeout)
         self.peak_flops = peak_flops
         self.flops_per_token = training_flops_per_token(settings.model, length)
+        self.recovery = Recovery(self)
         self._set_attention_mode(self.stage.attention_mode)
         self._set_weights(self.stage)
 
@@ -138,6 +142,8 @@ class Trainer:
                 if record is None:
                     progress.note(f"the data have ended after step {self.step}: data.epochs, data.when_dry")
                     break
+                if self.recovery.spiked(record):
+                    continue
                 progress.update(self.step, record["loss"], record["tokens_per_second"], lr=record["lr"])
                 if self.step % self.train.log_every == 0 or self.step == self.last_step or self.interrupted:
                     self.log(record)
@@ -151,7 +157,7 @@ class Trainer:
                     self.save()
             if validated != self.step and not self.interrupted:
                 self.validate(progress)
-            progress.note(f"checkpoint {self._save_and_wait()}")
+            progress.note(f"checkpoint {self.save_last()}")
             for line in self._left_out():
                 progress.note(line)
             if self.interrupted:
@@ -164,12 +170,14 @@ class Trainer:
         self._beat("training")
         self.times.take()  # what validation left
         self.enter(self.plan.at(self.step))
+        self.recovery.prepare()
         self.model.train()
         batches = self._next_batches()
         if batches is None:
             self.dry = True
             return None
         self._set_normalisation(batches)
+        self.recovery.anticipation.give()
         looks_inside = _due(self.step + 1, self.train.layers_every)
         with self.layers.measuring() if looks_inside else nullcontext():
             recorded = self.engine.train(batches)
@@ -231,6 +239,8 @@ class Trainer:
         if stage.attention_mode != before.attention_mode:
             self._set_attention_mode(stage.attention_mode)
         self._set_weights(stage)
+        if stage._replace(learning_rate=0.0) != before._replace(learning_rate=0.0):
+            self.recovery.settle()
 
     def _batch(self, stage: Stage) -> BatchConfig:
         """This rank's rows of its steps."""
@@ -338,17 +348,23 @@ class Trainer:
             "validation": self.validation,
             "attention_mode": self.model.attention_mode,
             "history": self.plan.history(self.step),
+            "guard": self.recovery.state_dict(),
             "wandb_id": self.tracker.run_id,
             "config": self.settings.resolved,
             "layout": asdict(self.topology.sizes),
         }
-        own = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers() if not buffer.is_meta}
+        own = {name: buffer.detach().cpu() for name, buffer in self.own_buffers()}
         first = not any(self.topology.index(axis) for axis in ("data", "tensor", "context"))  # of a pipeline stage
-        self.saving.begin(self.step, self.engine.local_state(), own if first else {}, state)
+        tensors = chain(self.engine.local_state(), self.recovery.local_state())
+        self.saving.begin(self.step, tensors, own if first else {}, state)
         if self.metrics is not None:
             self.metrics.flush()
 
-    def _save_and_wait(self) -> Path:
+    def own_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those that are here: router biases and hash tables, by canonical name."""
+        return ((name, buffer) for name, buffer in self.model.named_buffers() if not buffer.is_meta)
+
+    def save_last(self) -> Path:
         """Have a checkpoint of this step on disk. Raises SystemExit with one line where it can't be written."""
         path, problem = self.saving.finish(self.step, self.save)
         if problem is not None:
@@ -368,13 +384,13 @@ class Trainer:
         self.engine.load_named_state(reader.parameter)
         saved = reader.buffers()
         with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                if not buffer.is_meta:
-                    buffer.copy_(saved[name])
+            for name, buffer in self.own_buffers():
+                buffer.copy_(saved[name])
         state = reader.manifest["state"]
         self.step = self.saving.last = reader.manifest["step"]
         self.loader.load_state_dict(state["loader"])
         self.enter(self.plan.at(max(0, self.step - 1)))  # as after the step that was saved
+        self.recovery.restore(reader)
         self.validation = state["validation"]
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
         if self.metrics is not None:

@@ -32,10 +32,15 @@ class MoE(nn.Module):
             width = moe.intermediate_size * moe.num_shared_experts
             self.shared = SwiGLU(config.hidden_size, width, moe.swiglu_limit)
 
-    def forward(self, x: Tensor, input_ids: Tensor, document_ids: Tensor) -> Tensor:
-        """Hidden states [B, S, M] of tokens `input_ids` [B, S] to [B, S, M]."""
+    def take_coming(self) -> Tensor | None:
+        """The experts [B, S, K] that were chosen beforehand for this forward pass, taken from the router's `coming`."""
+        return self.router.coming.popleft() if isinstance(self.router, ScoreRouter) and self.router.coming else None
+
+    def forward(self, x: Tensor, input_ids: Tensor, document_ids: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Hidden states [B, S, M] of tokens `input_ids` [B, S] to [B, S, M]. chosen: what `take_coming` gave."""
         heads = self.seams.heads
-        chosen, weights = self.router(x, input_ids, document_ids)
+        given = () if chosen is None else (chosen,)  # to a score router
+        chosen, weights = self.router(x, input_ids, document_ids, *given)
         x, weights = heads.copy(x), heads.copy(weights)
         rows = Rows(x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1))
         sent = self.seams.experts.dispatch(rows, self.num_experts)

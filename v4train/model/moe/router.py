@@ -3,6 +3,8 @@
 Shapes: B batch, S sequence, M hidden, E experts, K experts per token.
 """
 
+from collections import deque
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,7 +53,11 @@ def router_scores(x: Tensor, weight: Tensor, logit_bias: Tensor | None, scoring:
 
 
 class ScoreRouter(nn.Module):
-    """Top-K of affinity + bias. The bias only selects; it is moved against the load after each step (loss-free)."""
+    """Top-K of affinity + bias. The bias only selects; it is moved against the load after each step (loss-free).
+
+    `coming` holds experts [B, S, K] that were chosen beforehand, one tensor for each of the next forward passes
+    (anticipatory routing, V4.md 2.9); while it is empty, each pass chooses for itself.
+    """
 
     seams = Seams()
 
@@ -63,12 +69,19 @@ class ScoreRouter(nn.Module):
         self.logit_bias = nn.Parameter(torch.empty(config.moe.num_experts)) if config.moe.router_bias else None
         self.register_buffer("bias", torch.empty(config.moe.num_experts, dtype=torch.float32))
         self.load: Tensor | None = None  # [E] tokens sent to each expert since `take_load`
+        self.coming: deque[Tensor] = deque()
 
-    def forward(self, x: Tensor, input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts [B, S, K] int64 and their weights [B, S, K] fp32 for hidden states [B, S, M]."""
+    def forward(
+        self, x: Tensor, input_ids: Tensor, document_ids: Tensor, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Experts [B, S, K] int64 and their weights [B, S, K] fp32 for hidden states [B, S, M].
+
+        chosen: the experts, if somebody has chosen them; the weights are always those of `x`.
+        """
         options = self.options
         scores = router_scores(x, self.weight, self.logit_bias, options.scoring)
-        chosen = select(scores.detach() + self.bias, options.top_k, options.num_groups, options.top_k_groups)
+        if chosen is None:
+            chosen = select(scores.detach() + self.bias, options.top_k, options.num_groups, options.top_k_groups)
         weights = gates(scores, chosen, self.options.routed_scaling_factor)
         if self.training:
             valid = document_ids >= 0

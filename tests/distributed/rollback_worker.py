@@ -1,0 +1,51 @@
+"""training_worker.py, where runs whose name begins with `spoilt` are spoilt on the way and go back.
+
+At two steps everything that a rank trains on is changed after the step, and the detector sees a spike there, once each.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.distributed import training_worker
+from v4train.train.recovery import Recovery
+from v4train.train.spike_guard import Spike
+
+SPOILT = {3: 2, 8: 2}  # the step after which it happens, and how many steps that makes bad
+
+spiked = Recovery.spiked
+
+
+def spoil_once(recovery: Recovery, record: dict[str, Any]) -> bool:
+    trainer, step = recovery.trainer, record["step"]
+    done = trainer.__dict__.setdefault("spoilt", set())
+    if trainer.settings.run.name.startswith("spoilt") and step in SPOILT.keys() - done:
+        done.add(step)
+        spoil(trainer)
+        recovery.guard.detector.observe = lambda *figures: Spike(SPOILT[step], "spoilt")
+        try:
+            return spiked(recovery, record)
+        finally:
+            del recovery.guard.detector.observe
+    return spiked(recovery, record)
+
+
+@torch.no_grad()
+def spoil(trainer: Any) -> None:
+    """Weights, optimizer state, router biases and random numbers."""
+    for holder, state in trainer.engine._held_states():
+        holder.data.mul_(1.5)
+        for tensor in state.values():
+            tensor.add_(1)
+    trainer.engine._state.finish()
+    for name, buffer in trainer.own_buffers():
+        if name.endswith("bias"):
+            buffer.add_(torch.arange(len(buffer)))
+    torch.manual_seed(99)
+
+
+if __name__ == "__main__":
+    Recovery.spiked = spoil_once
+    training_worker.main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

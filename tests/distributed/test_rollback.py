@@ -1,0 +1,79 @@
+"""A run that goes back is the run to which nothing has happened: to the last bit, in every layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import launch
+from tests.distributed.rollback_worker import SPOILT
+from tests.distributed.test_layouts import FOUR, SHARD_ALL, TWO
+from tests.runs import STEPS, checkpoint_digests, losses, tiny
+from v4train.train.metrics import read_metrics
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
+
+GUARD = ["guard.snapshot_every=3", "guard.skip_data=false", "guard.anticipate=never", "model.attention.o_groups=4"]
+GUARD += ["model.attention.indexer.num_heads=4"]
+BACK_TO = {3: 0, 8: 6}  # where the optimizer has no state yet; and in the middle
+ALWAYS = ["guard.anticipate=always", "guard.anticipation_steps=2"]
+ZERO = {
+    f"zero{stage}_{name}": [f"parallelism=zero{stage}", f"optimizer={name}", *([SHARD_ALL] if stage == 3 else [])]
+    for stage in range(4)
+    for name in ("adamw", "muon")
+}
+ZERO["zero1_muon"] = [*ZERO["zero1_muon"], *ALWAYS]
+ZERO["zero3_adamw"] = [*ZERO["zero3_adamw"], "checkpoint.every=1", "checkpoint.keep=0"]
+SAMPLE = ("zero1_muon", "zero3_adamw")
+
+
+def cases():
+    yield pytest.param((2, {name: ZERO[name] for name in SAMPLE}), id="sample")
+    exhaustive = pytest.mark.exhaustive
+    for world in (1, 2):
+        runs = {name: ZERO[name] for name in ZERO if world == 1 or name not in SAMPLE}
+        yield pytest.param((world, runs), id=f"zero_{world}", marks=exhaustive)
+    for world, layouts in ((2, TWO), (4, FOUR)):
+        for name, layout in layouts.items():
+            runs = {f"{name}_{how}": [*layout, f"optimizer={how}"] for how in ("adamw", "muon")}
+            yield pytest.param((world, runs | {f"{name}_always": [*layout, *ALWAYS]}), id=name, marks=exhaustive)
+
+
+@pytest.fixture(scope="module", params=cases())
+def runs(tmp_path_factory, request) -> tuple[Path, list[str]]:
+    """Each run twice in one launch: left alone, and spoilt on the way."""
+    world, of_layout = request.param
+    base = tmp_path_factory.mktemp("rollback")
+    jobs = [
+        tiny(base, f"{how}_{name}", *GUARD, *overrides)
+        for name, overrides in of_layout.items()
+        for how in ("plain", "spoilt")
+    ]
+    (base / "jobs.json").write_text(json.dumps(jobs))
+    launch("tests.distributed.rollback_worker", world, [str(base / "jobs.json"), str(base), "even"], base, timeout=240)
+    return base, list(of_layout)
+
+
+def test_it_trains_on_as_if_nothing_had_happened(runs):
+    base, names = runs
+    for name in names:
+        for key in ("loss", "mtp_loss", "grad_norm", "max_violation", "data_hash", "tokens", "lr"):
+            assert losses(base, f"spoilt_{name}", key) == losses(base, f"plain_{name}", key), (name, key)
+        of_runs = [checkpoint_digests(base, f"{how}_{name}", STEPS) for how in ("plain", "spoilt")]
+        assert of_runs[0] == of_runs[1], name
+
+
+def test_it_says_so(runs):
+    base, names = runs
+    for name in names:
+        events = read_metrics(base / f"spoilt_{name}" / "events.jsonl")
+        assert {event["seen_at"]: event["step"] for event in events} == BACK_TO and BACK_TO.keys() == SPOILT.keys()
+        assert losses(base, f"spoilt_{name}", "rollbacks") == [1] * 6 + [2] * 4
+        assert not (base / f"plain_{name}" / "events.jsonl").exists()
+
+
+def test_checkpoints_of_the_steps_that_were_left_are_left_too(runs):
+    base, names = runs
+    for name in set(names) & {"zero3_adamw"}:
+        kept = {path.name for path in (base / f"spoilt_{name}" / "checkpoints").iterdir()}
+        assert kept == {f"step_{step:08d}" for step in range(STEPS + 1)}

@@ -1,0 +1,189 @@
+"""What breaks a run from within: gradients that are not finite, poisoned rows, a weight that is blown up.
+
+Each ends in recovery, with the validation loss of the undisturbed run up to what another seed changes; what comes back
+every time ends the run, in one line. The faults are made here, by patches in the process that trains.
+"""
+
+import contextlib
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from tests.faults.lives import Life
+from tests.runs import losses, tiny
+from v4train.train import checkpoint
+from v4train.train.metrics import read_metrics
+from v4train.train.signals import SPIKED
+
+pytestmark = pytest.mark.faults
+
+STEPS, AT = 100, 60
+FAST = ["parallelism=zero0", "train.layers_every=0"]
+LONG = [*FAST, f"train.max_steps={STEPS}", "guard.anticipation_after=20"]
+SHORT = [*FAST, "train.max_steps=16", "guard.min_history=8", "guard.snapshot_every=5", "guard.anticipation_steps=2"]
+SEEDS = (1, 2, 3)
+EXPERT, FACTOR = 3, 1000.0
+BOTH = [pytest.param(place, (11, 13), marks=pytest.mark.exhaustive) for place in ("memory", "disk")]
+
+
+def before_steps(steps: range, fault: Callable, times: int) -> None:
+    """Let `fault(trainer)`, a context, be around these steps, the first so many times that each is taken."""
+    from v4train.train.trainer import Trainer
+
+    train_step, taken = Trainer.train_step, dict.fromkeys(steps, 0)
+
+    def train(trainer: Trainer, stop: object) -> object:
+        number = trainer.step + 1
+        if number not in taken or taken[number] == times:
+            return train_step(trainer, stop)
+        taken[number] += 1
+        with fault(trainer):
+            return train_step(trainer, stop)
+
+    Trainer.train_step = train
+
+
+@contextlib.contextmanager
+def gradient_not_finite(trainer):
+    hook = trainer.model.embedding.lookup.weight.register_hook(lambda gradient: gradient * torch.nan)
+    yield
+    hook.remove()
+
+
+@contextlib.contextmanager
+def blown_up(trainer):
+    with torch.no_grad():
+        trainer.model.blocks[1].ffn.experts.down[EXPERT].mul_(FACTOR)
+    yield
+
+
+def poisoned_rows(rows: range) -> None:
+    """Rows of random tokens, each time they are read."""
+    from v4train.data.loader import Loader
+
+    step_of = Loader._step
+
+    def poisoned(loader: Loader, first: int) -> object:
+        step = step_of(loader, first)
+        for batch in step.batches if first in rows else ():
+            generator = torch.Generator().manual_seed(first)
+            batch.input_ids = torch.randint(0, 320, batch.input_ids.shape, generator=generator)
+            batch.targets = batch.input_ids.roll(-1, 1)
+        return step
+
+    Loader._step = poisoned
+
+
+FAULTS = {
+    "a gradient": partial(before_steps, range(AT, AT + 1), gradient_not_finite, 1),
+    "gradients": partial(before_steps, range(AT, AT + 3), gradient_not_finite, 1),
+    "rows": partial(poisoned_rows, range(4 * (AT - 1), 4 * (AT + 1))),
+    "an expert": partial(before_steps, range(AT, AT + 1), blown_up, 1),
+}
+
+
+def events_of(base, name):
+    path = base / name / "events.jsonl"
+    return [(event["event"], event["seen_at"], event["step"]) for event in read_metrics(path)] if path.exists() else []
+
+
+def final_loss(base, name):
+    return next(r["val_loss"] for r in reversed(read_metrics(base / name / "metrics.jsonl")) if "val_loss" in r)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """Validation losses of undisturbed runs, by seed, and where they lie."""
+    base, found = tmp_path_factory.mktemp("spikes"), {}
+    for seed in SEEDS:
+        life = Life(tiny(base, f"clean_{seed}", *LONG, f"seed={seed}"), base / f"clean_{seed}.log")
+        assert life.end() == 0, life.log.read_text()
+        assert events_of(base, f"clean_{seed}") == []  # nor does the guard see what isn't there
+        found[seed] = final_loss(base, f"clean_{seed}")
+    return base, found
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_recovers(clean, fault):
+    base, of_seeds = clean
+    name = fault.replace(" ", "_")
+    life = Life(tiny(base, name, *LONG), base / f"{name}.log", FAULTS[fault])
+    assert life.end() == 0, life.log.read_text()
+    events = events_of(base, name)
+    skipped = [("update skipped", AT + i, AT + i) for i in range({"a gradient": 1, "gradients": 3}.get(fault, 0))]
+    seen_at = AT + 2 if fault == "gradients" else AT + 1
+    assert events == (skipped if fault == "a gradient" else [*skipped, ("went back", seen_at, 50)])
+    noise = statistics.stdev(of_seeds.values())
+    print(f"{fault}: {final_loss(base, name):.4f}, of seeds {of_seeds}, their spread {noise:.4f}")
+    assert abs(final_loss(base, name) - of_seeds[1]) < 2 * noise
+    assert len(losses(base, name)) == STEPS
+
+
+@pytest.mark.exhaustive
+def test_without_the_guard_it_would_not(clean):
+    base, of_seeds = clean
+    life = Life(tiny(base, "unguarded", *LONG, "guard.enabled=false"), base / "unguarded.log", FAULTS["an expert"])
+    assert life.end() == 0, life.log.read_text()
+    assert final_loss(base, "unguarded") > of_seeds[1] + 0.1
+
+
+def test_what_comes_back_every_time_ends_the_run(tmp_path):
+    """After so many times, in one line and with a code of its own; from the checkpoint it leaves the run goes on."""
+    log, forever = tmp_path / "log", partial(before_steps, range(12, 15), gradient_not_finite, 99)
+    arguments = tiny(tmp_path, "run", *SHORT, "guard.max_rollbacks=2", "guard.skip_data=false")
+    assert Life(arguments, log, forever).end() == SPIKED, log.read_text()
+    skipped = [("update skipped", step, step) for step in (12, 13, 14)]
+    # The older snapshot the second time: what spikes again may have been broken already
+    back = [("went back", 14, 10), ("went back", 14, 5), ("gave up", 14, 5)]
+    assert events_of(tmp_path, "run") == [event for end in back for event in [*skipped, end]]
+    (error,) = [line for line in log.read_text().splitlines() if line.startswith("error")]
+    assert "3 updates in a row were skipped" in error and "after going back 2 times" in error
+    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert checkpoint.read_manifest(newest)["state"]["guard"]["rollbacks"] == 0  # whoever starts it again may try again
+    assert newest.name == "step_00000005" and len(losses(tmp_path, "run")) == 5
+    assert Life(arguments, log).end() == 0, log.read_text()
+    assert len(losses(tmp_path, "run")) == 16 and losses(tmp_path, "run", "skipped") == [False] * 16
+
+
+@pytest.mark.parametrize(("place", "stops"), [("memory", (11,)), *BOTH])
+def test_rows_that_spiked_are_passed_over_and_a_restart_knows(tmp_path, place, stops):
+    """Stopped while routing is anticipatory, before the rows that are left out, or behind them: it goes on bitwise."""
+    fault = partial(before_steps, range(12, 15), gradient_not_finite, 1)
+    arguments = [*SHORT, "guard.max_skipped=3", f"guard.snapshot={place}", "checkpoint.every=5"]
+    names = ["whole", *(f"stopped_{step}" for step in stops)]
+    for name in names:
+        life = Life(tiny(tmp_path, name, *arguments), tmp_path / f"{name}.log", partial(stopping, name, fault))
+        assert life.end() in (0, 75), life.log.read_text()
+        if name != "whole":
+            assert len(losses(tmp_path, name)) == int(name[-2:])
+            life = Life(tiny(tmp_path, name, *arguments), tmp_path / f"{name}.log")
+            assert life.end() == 0, life.log.read_text()
+    for name in names:
+        assert events_of(tmp_path, name)[-1] == ("went back", 14, 10)
+        for key in ("loss", "grad_norm", "data_hash", "tokens", "max_violation"):
+            assert losses(tmp_path, name, key) == losses(tmp_path, "whole", key), (name, key)
+    plain = Life(tiny(tmp_path, "plain", *arguments), tmp_path / "plain.log")
+    assert plain.end() == 0
+    assert losses(tmp_path, "whole", "anticipatory") == [False] * 10 + [True] * 6
+    hashes, expected = losses(tmp_path, "whole", "data_hash"), losses(tmp_path, "plain", "data_hash")
+    assert hashes[:11] == expected[:11] and hashes[11] != expected[11]
+    assert losses(tmp_path, "whole", "tokens") == losses(tmp_path, "plain", "tokens")
+
+
+def stopping(name: str, fault: Callable) -> None:
+    """As by a signal at the end of a step, once the run has gone back."""
+    from v4train.train import trainer
+
+    fault()
+    if name == "whole":
+        return
+    requested = trainer.Trainer._over_ranks
+
+    def over_ranks(own: trainer.Trainer, recorded: object, stop: bool) -> object:
+        return requested(own, recorded, stop or own.recovery.guard.rollbacks > 0 and own.step == int(name[-2:]))
+
+    trainer.Trainer._over_ranks = over_ranks

@@ -1,0 +1,196 @@
+"""What counts as a spike: closed forms of median and spread, outliers, drifts, phases; where a run goes back to."""
+
+import json
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from tests.shipped import shipped
+from v4train.errors import ConfigError
+from v4train.train.spike_guard import CONSISTENT, GuardConfig, SpikeDetector, SpikeGuard, is_outlier, robust
+
+SHIPPED = GuardConfig(**shipped("guard", "default"))
+CONFIG = replace(
+    SHIPPED,
+    window=8,
+    min_history=4,
+    loss_threshold=5.0,
+    loss_margin=0.5,
+    gradient_threshold=5.0,
+    gradient_margin=1.0,
+    patience=2,
+    max_skipped=3,
+)
+
+
+def detector_after(losses, config=CONFIG, grad_norm=1.0) -> SpikeDetector:
+    detector = SpikeDetector(config)
+    assert [detector.observe(loss, grad_norm, True) for loss in losses] == [None] * len(losses)
+    return detector
+
+
+def test_the_spread_of_a_normal_distribution_is_its_standard_deviation():
+    normal = statistics.NormalDist(3.0, 0.25)
+    quantiles = [normal.inv_cdf((i + 0.5) / 2001) for i in range(2001)]
+    assert robust(quantiles) == pytest.approx((3.0, 0.25), rel=1e-3)
+
+
+def test_median_and_spread_by_hand():
+    # Deviations from 4: 3 2 1 0 1 4 96; their median is 2
+    assert robust([1, 2, 3, 4, 5, 8, 100]) == (4, CONSISTENT * 2)
+
+
+@pytest.mark.parametrize("above", [-1e-6, 1e-6])
+def test_an_outlier_is_beyond_both_limits(above):
+    history = [1.0, 2.0, 3.0, 4.0, 5.0]  # median 3, spread 1.4826
+    assert is_outlier(3 + 2 * CONSISTENT + above, history, threshold=2, margin=1) == (above > 0)
+    assert is_outlier(3 + 4 + above, history, threshold=2, margin=4) == (above > 0)
+    assert not is_outlier(-1e9, history, threshold=2, margin=1)  # below is no harm
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_an_outlier(value):
+    assert is_outlier(value, [1.0, 2.0], 1e9, 1e9)
+
+
+def test_a_lone_outlier_is_none_and_does_not_join_the_history():
+    detector = detector_after([4.0, 4.1, 3.9, 4.0])
+    for _ in range(20):
+        assert detector.observe(9.0, 1.0, True) is None
+        assert detector.observe(4.0, 1.0, True) is None
+    assert set(detector.losses) == {4.0}
+
+
+def test_outliers_in_a_row_are_a_spike():
+    detector = detector_after([4.0, 4.1, 3.9, 4.0])
+    assert detector.observe(9.0, 1.0, True) is None
+    spike = detector.observe(8.0, 1.0, True)
+    assert spike.steps == 2 and spike.why == "the loss is 8 where 4 is usual"
+
+
+def test_a_gradient_norm_is_judged_by_its_logarithm():
+    detector = detector_after([4.0] * 4, grad_norm=0.5)  # no spread: the margin of one e-fold holds
+    assert detector.observe(4.0, 0.5 * math.exp(0.99), True) is None and detector.bad == 0
+    assert detector.observe(4.0, 0.5 * math.exp(1.01), True) is None and detector.bad == 1
+    assert "gradient norm is 5 where 0.5 is usual" in detector.observe(4.0, 5.0, True).why
+
+
+def test_nothing_is_held_against_too_short_a_history():
+    detector = detector_after([4.0, 9.0, 4.0])
+    assert detector.bad == 0
+    assert detector.observe(math.nan, 1.0, True) is None and detector.bad == 1  # but this is bad anywhere
+
+
+def test_a_drift_is_no_spike_and_a_jump_of_the_same_height_is():
+    drift = [4.0 + 0.1 * i for i in range(60)]  # 6 nats in all: the median of 8 lags 0.45 behind
+    detector_after(drift)
+    detector = detector_after([4.0 + 0.01 * (i % 3) for i in range(12)])
+    assert [detector.observe(4.6, 1.0, True) is None for _ in range(2)] == [True, False]
+
+
+def test_a_fall_is_no_spike():
+    detector_after([10 * 0.9**i for i in range(60)])
+
+
+def test_skipped_updates():
+    detector = detector_after([4.0] * 6)
+    for _ in range(5):  # not in a row
+        assert detector.observe(math.nan, math.nan, False) is None
+        assert detector.observe(math.nan, math.inf, False) is None
+        assert detector.observe(4.0, 1.0, True) is None
+    assert [detector.observe(math.nan, math.nan, False) for _ in range(2)] == [None, None]
+    spike = detector.observe(math.nan, math.nan, False)
+    assert spike.steps == 3 and spike.why.startswith("3 updates in a row were skipped")
+
+
+def test_a_spike_begins_with_the_first_bad_step_whatever_is_wrong_with_it():
+    detector = detector_after([4.0] * 6)
+    assert detector.observe(math.nan, math.nan, False) is None
+    assert detector.observe(9.0, 1.0, True) is None
+    assert detector.observe(9.0, 1.0, True).steps == 3
+
+
+def test_another_phase_is_no_spike_once_the_detector_has_settled():
+    """Rows of another length: the loss jumps by a nat, the gradient norm by a factor of 30, and stays."""
+    before, after = [4.0, 4.1] * 4, [5.0, 5.1] * 4
+    unsettled = detector_after(before)
+    assert [unsettled.observe(loss, 30.0, True) for loss in after[:2]][1] is not None
+    settled = detector_after(before)
+    settled.settle()
+    assert [settled.observe(loss, 30.0, True) for loss in after] == [None] * 8 and settled.bad == 0
+    assert [settled.observe(9.0, 30.0, True) is None for _ in range(2)] == [True, False]  # and it watches again
+
+
+def test_a_saved_detector_goes_on_as_if_nothing_had_happened():
+    values = [4 + 0.3 * math.sin(7 * i) for i in range(20)] + [9.0, 9.0]
+    whole, first = SpikeDetector(CONFIG), SpikeDetector(CONFIG)
+    expected = [whole.observe(value, value / 4, True) for value in values]
+    got = [first.observe(value, value / 4, True) for value in values[:21]]
+    second = SpikeDetector(CONFIG)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [*got, second.observe(9.0, 9 / 4, True)] == expected and expected[-1] is not None
+
+
+def test_where_to_go_back_to():
+    guard = SpikeGuard(CONFIG)
+    assert guard.choose([0, 5, 10], first_bad=10) == 5  # the state after step 10 has the first bad update in it
+    guard.went_back(seen_at=11, to=5)
+    assert guard.choose([0, 5], first_bad=10) == 0  # it was broken already at 5
+    guard.went_back(seen_at=11, to=0)
+    assert guard.choose([0], first_bad=10) == 0
+    assert guard.choose([10, 15], first_bad=10) is None
+
+
+def test_rollbacks_are_bounded_and_forgiven_after_a_calm_stretch():
+    guard = SpikeGuard(replace(CONFIG, max_rollbacks=2, calm_steps=10, anticipate="after_spike", anticipation_after=7))
+    for seen_at in (20, 22):
+        assert not guard.exhausted
+        guard.went_back(seen_at, to=18)
+    assert guard.exhausted and guard.anticipate_until == 29
+    assert [guard.anticipates(step) for step in (18, 28, 29)] == [True, True, False]
+    guard.observe(32, 4.0, 1.0, True, 0)
+    assert guard.exhausted
+    guard.observe(33, 4.0, 1.0, True, 0)
+    assert not guard.exhausted and guard.rollbacks == 0
+
+
+@pytest.mark.parametrize(("anticipate", "expected"), [("always", True), ("never", False)])
+def test_anticipation_by_word(anticipate, expected):
+    guard = SpikeGuard(replace(CONFIG, anticipate=anticipate))
+    guard.went_back(20, 10)
+    assert guard.anticipates(0) == guard.anticipates(25) == expected
+
+
+def test_a_saved_guard_is_the_same_guard():
+    guard = SpikeGuard(CONFIG)
+    guard.observe(1, 4.0, math.nan, False, 96)
+    guard.went_back(20, 10)
+    other = SpikeGuard(CONFIG)
+    other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert other.state_dict() == guard.state_dict() and (other.skipped, other.first_row) == (1, 96)
+    assert other.choose([5, 10], 15) == 5
+
+
+def test_off_it_counts_skipped_updates_only():
+    guard = SpikeGuard(replace(CONFIG, enabled=False))
+    assert [guard.observe(i, math.nan, math.nan, False, 0) for i in range(9)] == [None] * 9
+    assert guard.skipped == 9
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("snapshot", "tape"),
+        ("anticipate", "sometimes"),
+        ("patience", 0),
+        ("anticipation_steps", 0),
+        ("loss_threshold", math.nan),
+        ("max_rollbacks", -1),
+        ("min_history", 65),
+    ],
+)
+def test_bad_values_are_refused_by_key(key, value):
+    with pytest.raises(ConfigError, match=f"^guard.{key}="):
+        replace(SHIPPED, **{key: value})

@@ -1,0 +1,219 @@
+"""Loss spikes (V4 report 4.2.3): what counts as one, and what a run does about it. Numbers in, decisions out.
+
+A step is an outlier if its loss, or the logarithm of its gradient norm, lies far above the median of the steps before
+it, measured by their median absolute deviation, which outliers hardly move. `patience` of them in a row, or
+`max_skipped` steps in a row whose gradient is not finite, are a spike. All ranks decide alike, because all that is
+looked at has been summed over all of them.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, NamedTuple
+
+from v4train.errors import ConfigError
+
+CONSISTENT = 1.4826  # times the median absolute deviation is the standard deviation of a normal distribution
+PLACES = ("memory", "disk")
+ANTICIPATE = ("after_spike", "always", "never")
+
+
+@dataclass
+class GuardConfig:
+    """Values and their meaning: conf/guard/default.yaml."""
+
+    enabled: bool
+    window: int
+    min_history: int
+    loss_threshold: float
+    loss_margin: float
+    gradient_threshold: float
+    gradient_margin: float
+    patience: int
+    max_skipped: int
+    snapshot: str
+    snapshot_every: int
+    skip_data: bool
+    max_rollbacks: int
+    calm_steps: int
+    anticipate: str
+    anticipation_steps: int
+    anticipation_after: int
+
+    def __post_init__(self) -> None:
+        for key, known in (("snapshot", PLACES), ("anticipate", ANTICIPATE)):
+            if getattr(self, key) not in known:
+                raise ConfigError(f"guard.{key}", getattr(self, key), "unknown word", f"use one of {', '.join(known)}")
+        for key in ("window", "min_history", "patience", "max_skipped", "snapshot_every", "anticipation_steps"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"guard.{key}", getattr(self, key), "it must be at least 1", "see conf/guard")
+        margins = ("loss_threshold", "loss_margin", "gradient_threshold", "gradient_margin")
+        for key in (*margins, "max_rollbacks", "calm_steps", "anticipation_after"):
+            if not getattr(self, key) >= 0:  # NaN too
+                raise ConfigError(f"guard.{key}", getattr(self, key), "it can't be negative", "see conf/guard")
+        if self.min_history > self.window:
+            rule = f"the window holds only guard.window={self.window} steps"
+            raise ConfigError("guard.min_history", self.min_history, rule, "make it at most as large")
+
+
+def robust(values: Iterable[float]) -> tuple[float, float]:
+    """Median, and the spread about it: 1.4826 times the median absolute deviation."""
+    values = list(values)
+    middle = median(values)
+    return middle, CONSISTENT * median(abs(value - middle) for value in values)
+
+
+def is_outlier(value: float, history: Iterable[float], threshold: float, margin: float) -> bool:
+    """Whether it is above the median of `history` by more than `threshold` spreads, and more than `margin`.
+
+    What is not finite is always one.
+    """
+    if not math.isfinite(value):
+        return True
+    middle, spread = robust(history)
+    return value - middle > max(threshold * spread, margin)
+
+
+class Spike(NamedTuple):
+    """The last `steps` steps are bad; why, in words."""
+
+    steps: int
+    why: str
+
+
+class SpikeDetector:
+    """Looks at one step after the other."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.config = config
+        self.losses: deque[float] = deque(maxlen=config.window)  # of steps that were no outliers
+        self.gradients: deque[float] = deque(maxlen=config.window)  # logarithms of their gradient norms
+        self.bad = self.outliers = self.skipped = 0  # in a row, up to now; bad: skipped or an outlier
+
+    def observe(self, loss: float, grad_norm: float, finite: bool) -> Spike | None:
+        """What a step's figures mean. finite: the gradient was, and so the update was made."""
+        limits = self.config
+        if not finite:
+            self.bad, self.skipped = self.bad + 1, self.skipped + 1
+            if self.skipped < limits.max_skipped:
+                return None
+            return Spike(self.bad, f"{self.skipped} updates in a row were skipped for a gradient that is not finite")
+        self.skipped = 0
+        gradient = math.log(max(grad_norm, 1e-30))
+        reasons = self._reasons(loss, gradient)
+        if reasons:
+            self.bad, self.outliers = self.bad + 1, self.outliers + 1
+            return Spike(self.bad, " and ".join(reasons)) if self.outliers >= limits.patience else None
+        self.bad = self.outliers = 0
+        self.losses.append(loss)
+        self.gradients.append(gradient)
+        return None
+
+    def _reasons(self, loss: float, gradient: float) -> list[str]:
+        limits, reasons = self.config, []
+        if not math.isfinite(loss):
+            reasons.append(f"the loss is {loss}")
+        if len(self.losses) < limits.min_history:
+            return reasons
+        if math.isfinite(loss) and is_outlier(loss, self.losses, limits.loss_threshold, limits.loss_margin):
+            reasons.append(f"the loss is {loss:.4g} where {median(self.losses):.4g} is usual")
+        if is_outlier(gradient, self.gradients, limits.gradient_threshold, limits.gradient_margin):
+            usual = math.exp(median(self.gradients))
+            reasons.append(f"the gradient norm is {math.exp(gradient):.3g} where {usual:.3g} is usual")
+        return reasons
+
+    def settle(self) -> None:
+        """What comes is not to be held against what was: another sequence length, attention mode or batch size."""
+        self.losses.clear()
+        self.gradients.clear()
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget what may have been the beginning of a spike: there is no snapshot from before it."""
+        self.bad = self.outliers = self.skipped = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {"bad": self.bad, "outliers": self.outliers, "skipped": self.skipped}
+        return {"losses": list(self.losses), "gradients": list(self.gradients), **counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses = deque(state["losses"], maxlen=self.config.window)
+        self.gradients = deque(state["gradients"], maxlen=self.config.window)
+        self.bad, self.outliers, self.skipped = state["bad"], state["outliers"], state["skipped"]
+
+
+class SpikeGuard:
+    """How often a run has gone back, where to, and how long its routing is anticipatory. Steps are those done.
+
+    Attributes:
+        rollbacks: since the last calm stretch.
+        skipped: updates left out for a gradient that is not finite so far, those of steps that were gone back from too.
+        anticipate_until: the step up to which routing is anticipatory.
+    """
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.config, self.detector = config, SpikeDetector(config)
+        self.rollbacks = self.skipped = self.anticipate_until = 0
+        self._last_spike = 0  # step
+        self._first_row = 0  # of the first step that is bad
+        self._used: set[int] = set()  # steps gone back to since the last calm stretch
+
+    def observe(self, step: int, loss: float, grad_norm: float, finite: bool, first_row: int) -> Spike | None:
+        """What the figures of step number `step`, which began with row `first_row`, mean."""
+        self.skipped += not finite
+        if not self.config.enabled:
+            return None
+        if self.rollbacks and step > self._last_spike + self.config.calm_steps:
+            self.rollbacks, self._used = 0, set()
+        good_before = self.detector.bad == 0
+        spike = self.detector.observe(loss, grad_norm, finite)
+        if self.detector.bad and good_before:
+            self._first_row = first_row
+        return spike
+
+    def choose(self, steps: Iterable[int], first_bad: int) -> int | None:
+        """Which of the steps that can be gone back to; None if there is none before step `first_bad`.
+
+        The newest one; but what spikes again after that may have been broken already there, so then an older one.
+        """
+        before = sorted(step for step in steps if step < first_bad)
+        unused = [step for step in before if step not in self._used]
+        return unused[-1] if unused else before[0] if before else None
+
+    def went_back(self, seen_at: int, to: int) -> None:
+        """A spike was seen at a step, and the run is at step `to` again."""
+        self.rollbacks, self._last_spike = self.rollbacks + 1, max(self._last_spike, seen_at)
+        self._used.add(to)
+        if self.config.anticipate == "after_spike":
+            self.anticipate_until = seen_at + self.config.anticipation_after
+
+    def gave_up(self) -> None:
+        """Whoever starts the run again has thought of something: count anew."""
+        self.rollbacks, self._used = 0, set()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the next spike ends the run."""
+        return self.rollbacks >= self.config.max_rollbacks
+
+    @property
+    def first_row(self) -> int:
+        """Row that the first of the bad steps began with."""
+        return self._first_row
+
+    def anticipates(self, step: int) -> bool:
+        """Whether the step after `step` is to be routed by older parameters."""
+        return self.config.anticipate == "always" or step < self.anticipate_until
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("rollbacks", "skipped", "anticipate_until", "_last_spike", "_first_row")
+        plain = {name.removeprefix("_"): getattr(self, name) for name in names}
+        return {**plain, "used": sorted(self._used), "detector": self.detector.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rollbacks, self.skipped = state["rollbacks"], state["skipped"]
+        self.anticipate_until, self._last_spike = state["anticipate_until"], state["last_spike"]
+        self._first_row, self._used = state["first_row"], set(state["used"])
+        self.detector.load_state_dict(state["detector"])
