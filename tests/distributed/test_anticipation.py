@@ -14,7 +14,6 @@ from v4train.config import load, settings
 from v4train.data import BatchConfig, Loader, load_data
 from v4train.model import build_model
 from v4train.model.moe import router as router_module
-from v4train.optim.schedules import learning_rate
 from v4train.train.checkpoint import newest
 from v4train.train.metrics import read_metrics
 
@@ -90,7 +89,7 @@ def twin_losses(base: Path, age: int, monkeypatch) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), made.train.grad_clip)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, STEPS, made.schedule)
+        optimizer.param_groups[0]["lr"] = made.plan.at(step).learning_rate
         optimizer.step()
         for router in model.routers().values():
             router.update_bias(router.take_load(), made.model.moe.bias_update_speed)
