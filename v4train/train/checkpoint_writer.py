@@ -37,9 +37,9 @@ class CheckpointWriter:
         """Collective. keep, keep_every: which ones stay (`prune`)."""
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self._process = _gathered(uuid.uuid4().hex[:8])[0]  # so that nobody takes a killed one's files for new ones
-        if self._rank == 0:
+        if self._rank == 0:  # before any other begins to write
             remove_leftovers(folder)  # or they would take room for ever where there is too little for the next one
+        self._process = _gathered(uuid.uuid4().hex[:8])[0]  # so that nobody takes a killed one's files for new ones
         self._attempts = 0
         self._attempt: _Attempt | None = None
 

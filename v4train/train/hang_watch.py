@@ -38,7 +38,7 @@ class HangWatch:
     def __init__(self, folder: Path, rank: int, world_size: int, timeout: float) -> None:
         self._folder, self._rank, self._world, self._timeout = folder, rank, world_size, timeout
         self._watched = threading.get_ident()
-        self._ended = threading.Event()
+        self._ended, self._gives_up = threading.Event(), threading.Event()
         self.beat()
 
     def beat(self) -> None:
@@ -49,11 +49,14 @@ class HangWatch:
             if self._rank == 0:
                 shutil.rmtree(self._folder, ignore_errors=True)  # of an earlier life of this run
             self.beat()
-            threading.Thread(target=self._watch, name="v4train-hang-watch", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="v4train-hang-watch", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        if self._gives_up.is_set():  # another rank's watch has ended that rank, and this one lost it in a collective
+            self._thread.join()  # for ever: it ends the process
 
     def _watch(self) -> None:
         before = time.monotonic()
@@ -67,6 +70,7 @@ class HangWatch:
 
     def _give_up(self) -> None:
         """Leave this rank's stacks, wait for those of the others, say what happened, end the process."""
+        self._gives_up.set()
         last = threading.Timer(3 * GRACE, os._exit, (1,))  # it may be the file system that hangs
         last.daemon = True
         last.start()
