@@ -47,7 +47,7 @@ def test_decay_by_the_square_root():
 
 def test_decay_by_tokens_takes_whole_last_steps():
     config = schedule(decay_fraction=0.25)
-    assert decayed(760, 1010, 20, config) == 0.0  # 13 steps of 20: 260 tokens
+    assert decayed(750, 1010, 20, config) == 0.0  # 13 steps of 20: 260 tokens
     assert decayed(880, 1010, 20, config) == pytest.approx(0.5)
     assert decayed(1010, 1010, 20, config) == 1.0
 
