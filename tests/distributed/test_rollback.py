@@ -8,6 +8,7 @@ import pytest
 from tests.distributed.launch import launch
 from tests.distributed.rollback_worker import SPOILT
 from tests.distributed.test_layouts import FOUR, SHARD_ALL, TWO
+from tests.phases import in_phases
 from tests.runs import STEPS, checkpoint_digests, losses, tiny
 from v4train.train.metrics import read_metrics
 
@@ -24,7 +25,8 @@ ZERO = {
 }
 ZERO["zero1_muon"] = [*ZERO["zero1_muon"], *ALWAYS]
 ZERO["zero3_adamw"] = [*ZERO["zero3_adamw"], "checkpoint.every=1", "checkpoint.keep=0"]
-SAMPLE = ("zero1_muon", "zero3_adamw")
+SAMPLE = ("zero3_adamw", "phases")
+ZERO["phases"] = ["parallelism=zero1", *ALWAYS]  # back over changes of the batch, and into another phase's steps
 
 
 def cases():
@@ -44,11 +46,11 @@ def runs(tmp_path_factory, request) -> tuple[Path, list[str]]:
     """Each run twice in one launch: left alone, and spoilt on the way."""
     world, of_layout = request.param
     base = tmp_path_factory.mktemp("rollback")
-    jobs = [
-        tiny(base, f"{how}_{name}", *GUARD, *overrides)
-        for name, overrides in of_layout.items()
-        for how in ("plain", "spoilt")
-    ]
+    jobs = []
+    for name, overrides in of_layout.items():
+        for how in ("plain", "spoilt"):
+            arguments = tiny(base, f"{how}_{name}", *GUARD, *overrides)
+            jobs.append(in_phases(arguments, f"train.max_steps={STEPS}") if name == "phases" else arguments)
     (base / "jobs.json").write_text(json.dumps(jobs))
     launch("tests.distributed.rollback_worker", world, [str(base / "jobs.json"), str(base), "even"], base, timeout=240)
     return base, list(of_layout)
