@@ -4,9 +4,10 @@ import math
 
 import pytest
 
+from tests.schedules import learning_rate
 from tests.shipped import shipped
 from v4train.errors import ConfigError
-from v4train.optim.schedules import ScheduleConfig, decay, decayed, warmup, warmup_steps
+from v4train.optim.schedules import ScheduleConfig, decayed
 
 V4 = {"learning_rate": 2.7e-4, "final_ratio": 0.1, "warmup_steps": 20, "decay_fraction": 0.25}
 
@@ -14,12 +15,6 @@ V4 = {"learning_rate": 2.7e-4, "final_ratio": 0.1, "warmup_steps": 20, "decay_fr
 def schedule(**overrides):
     """The shipped YAML with some values changed."""
     return ScheduleConfig(**(shipped("schedule", "cosine") | {"learning_rate": 1.0} | overrides))
-
-
-def learning_rate(step, total_steps, config):
-    """Of a run whose steps are all alike, so that they serve as the unit of the decay."""
-    share = decayed(step + 1, total_steps, 1, config)
-    return config.learning_rate * warmup(step, warmup_steps(total_steps, config)) * decay(share, config)
 
 
 def test_the_three_parts_in_closed_form():

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from tests.schedules import learning_rate
 from v4train.config import Settings, load, settings
 from v4train.data import Batch, BatchConfig, Loader, load_data, validation_batches
 from v4train.model import Transformer, build_model
 from v4train.model.documents import compression_blocks
-from v4train.optim.schedules import learning_rate
 
 LENGTH, ROWS, VALIDATION_TOKENS = 512, 2, 32768
 DENSE_STEPS, WARMUP_STEPS = 600, 400

@@ -27,10 +27,11 @@ from v4train.data import (
 from v4train.errors import ConfigError
 from v4train.model import Transformer
 from v4train.model.losses import Recorded, share
-from v4train.model.moe.balance import max_violation, relative_loads
+from v4train.model.moe.balance import relative_loads
 from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
-from v4train.train.distributed import all_max, all_sum, all_sum_tensor, gathered
+from v4train.train.balance import Balance, violations
+from v4train.train.distributed import all_max, all_sum, gathered
 from v4train.train.evaluation import Evaluation
 from v4train.train.hang_watch import HangWatch
 from v4train.train.heartbeat import Heartbeat
@@ -87,13 +88,14 @@ class Trainer:
         self.validation: dict[str, float] = {}
         self.validator = Validation(settings, engine, corpus, tokenizer, lambda: self._beat("validating"))
         self.evaluation = Evaluation(settings, engine, corpus, tokenizer, lambda: self._beat("evaluating"))
+        self.balance = Balance(model, self.topology)
         self.metrics = MetricsFile(directory.metrics) if self.topology.rank == 0 else None
         parts = {
             "data": (self.loader, "next_step"),
             "normalisation": (self, "_set_normalisation"),
             "engine": (engine, "train"),
             "optimizer": (engine, "step"),
-            "routers": (self, "_balance_routers"),
+            "routers": (self.balance, "update"),
         }
         profiled = self.train.profile if self.topology.rank == 0 else None
         self.profiler = StepProfiler(profiled, directory.profile, model, parts)
@@ -185,9 +187,9 @@ class Trainer:
                 result = self.engine.step(self.stage.learning_rate)
         if not result.finite:
             logger.warning("step %d: the gradient is not finite; the update is skipped", self.step + 1)
-        learning = self.stage.attention_mode != "indexer_warmup"  # the routers too
-        loads = self._balance_routers(result.finite and learning)
-        violations = {_layer(name): float(max_violation(load)) for name, load in loads.items()}
+        learning = result.finite and self.stage.attention_mode != "indexer_warmup"  # the routers too
+        loads = self.balance.update(self.stage.bias_update_speed if learning else 0.0)
+        by_layer = violations(loads)
         self.step += 1
         times = over_ranks(self.times.take(), time.perf_counter() - started, self.topology.device)
         inside = {"layers": self.layers.take(), "expert_load": relative_loads(loads)} if looks_inside else {}
@@ -206,8 +208,8 @@ class Trainer:
             "tokens_per_second": self.stage.tokens / seconds,
             "mfu": self.stage.tokens / seconds * self.flops_per_token / self.peak_flops,
             "memory_gib": all_max(_peak_memory_gib(self.topology.device), self.topology.device),
-            "max_violation": max(violations.values(), default=0.0),
-            "max_violation_by_layer": violations,
+            "max_violation": max(by_layer.values(), default=0.0),
+            "max_violation_by_layer": by_layer,
             "phase": self.stage.index,
             "phase_name": self.stage.name,
             "attention_mode": self.model.attention_mode,
@@ -414,30 +416,9 @@ class Trainer:
         frozen = {"dense": {True}, "indexer_warmup": {False}, "sparse": set()}[mode]
         self.engine.freeze(group.name for group in self.engine.groups if group.indexer in frozen)
 
-    def _balance_routers(self, update: bool) -> dict[str, torch.Tensor]:
-        """Load [E] of each router by name; `update` moves each selection bias against that of the global batch."""
-        routers = self.model.routers()
-        if not routers:
-            return {}
-        loads = torch.zeros(len(routers), self.settings.model.moe.num_experts, dtype=torch.long)
-        loads = loads.to(self.topology.device)
-        for own, router in zip(loads, routers.values(), strict=True):
-            if not router.bias.is_meta:  # or another stage has it
-                own += router.take_load() * self.counts
-        loads = all_sum_tensor(loads)
-        for router, load in zip(routers.values(), loads, strict=True) if update else ():
-            if not router.bias.is_meta:
-                router.update_bias(load, self.stage.bias_update_speed)
-        return dict(zip(routers, loads, strict=True))
-
     def _own(self, batch: Batch) -> Batch:
         """This rank's shard of each row, on its device."""
         return batch.shard(self.topology.index("context"), self.topology.sizes.context, self.topology.device)
-
-
-def _layer(router: str) -> str:
-    """`blocks.3` or `mtp`, of a router's name."""
-    return router.removesuffix(".ffn.router").removesuffix(".block")
 
 
 def _due(step: int, every: int) -> bool:
