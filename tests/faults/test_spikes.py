@@ -22,7 +22,9 @@ pytestmark = pytest.mark.faults
 
 STEPS, AT = 100, 60
 FAST = ["parallelism=zero0", "train.layers_every=0"]
-LONG = [*FAST, f"train.max_steps={STEPS}", "guard.anticipation_after=20"]
+# So small a batch has a noisy loss, and so young a model a falling one: its gradient norm tells more
+GUARD = ["guard.window=16", "guard.min_history=16", "guard.gradient_margin=0.7", "guard.anticipation_after=20"]
+LONG = [*FAST, *GUARD, f"train.max_steps={STEPS}"]
 SHORT = [*FAST, "train.max_steps=16", "guard.min_history=8", "guard.snapshot_every=5", "guard.anticipation_steps=2"]
 SEEDS = (1, 2, 3)
 EXPERT, FACTOR = 3, 1000.0
@@ -128,7 +130,7 @@ def test_without_the_guard_it_would_not(clean):
     base, of_seeds = clean
     life = Life(tiny(base, "unguarded", *LONG, "guard.enabled=false"), base / "unguarded.log", FAULTS["an expert"])
     assert life.end() == 0, life.log.read_text()
-    assert final_loss(base, "unguarded") > of_seeds[1] + 0.1
+    assert final_loss(base, "unguarded") > of_seeds[1] + 2 * statistics.stdev(of_seeds.values())
 
 
 def test_what_comes_back_every_time_ends_the_run(tmp_path):

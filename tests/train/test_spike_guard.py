@@ -31,22 +31,31 @@ def detector_after(losses, config=CONFIG, grad_norm=1.0) -> SpikeDetector:
     return detector
 
 
-def test_the_spread_of_a_normal_distribution_is_its_standard_deviation():
-    normal = statistics.NormalDist(3.0, 0.25)
-    quantiles = [normal.inv_cdf((i + 0.5) / 2001) for i in range(2001)]
-    assert robust(quantiles) == pytest.approx((3.0, 0.25), rel=1e-3)
+@pytest.mark.parametrize("trend", [0.0, -0.01, 0.01])
+def test_the_spread_of_normal_noise_is_its_standard_deviation_whatever_the_trend(trend):
+    noise = statistics.NormalDist(3.0, 0.25).samples(20001, seed=1)
+    middle, spread = robust([value + trend * (i - 10000) for i, value in enumerate(noise)])
+    assert spread == pytest.approx(0.25, rel=0.02)
+    assert middle == pytest.approx(3.0, abs=0.01) or trend
+
+
+def test_outliers_hardly_move_the_spread():
+    noise = statistics.NormalDist(3.0, 0.25).samples(20000, seed=1)
+    spoilt = [1e6 if i % 20 == 0 else value for i, value in enumerate(noise)]
+    assert robust(spoilt)[1] == pytest.approx(0.25, rel=0.25)
 
 
 def test_median_and_spread_by_hand():
-    # Deviations from 4: 3 2 1 0 1 4 96; their median is 2
-    assert robust([1, 2, 3, 4, 5, 8, 100]) == (4, CONSISTENT * 2)
+    # Changes 2 1 4 1 4, of which 2 is the median; they differ from it by 0 1 2 1 2
+    assert robust([1, 3, 4, 8, 9, 13]) == (6, CONSISTENT / math.sqrt(2))
 
 
 @pytest.mark.parametrize("above", [-1e-6, 1e-6])
 def test_an_outlier_is_beyond_both_limits(above):
-    history = [1.0, 2.0, 3.0, 4.0, 5.0]  # median 3, spread 1.4826
-    assert is_outlier(3 + 2 * CONSISTENT + above, history, threshold=2, margin=1) == (above > 0)
-    assert is_outlier(3 + 4 + above, history, threshold=2, margin=4) == (above > 0)
+    history = [1.0, 4.0, 2.0, 5.0, 3.0]  # median 3; changes 3 -2 3 -2, 2.5 from their median
+    spread = 2.5 * CONSISTENT / math.sqrt(2)
+    assert is_outlier(3 + 2 * spread + above, history, threshold=2, margin=1) == (above > 0)
+    assert is_outlier(3 + 9 + above, history, threshold=2, margin=9) == (above > 0)
     assert not is_outlier(-1e9, history, threshold=2, margin=1)  # below is no harm
 
 
@@ -90,8 +99,11 @@ def test_a_drift_is_no_spike_and_a_jump_of_the_same_height_is():
     assert [detector.observe(4.6, 1.0, True) is None for _ in range(2)] == [True, False]
 
 
-def test_a_fall_is_no_spike():
-    detector_after([10 * 0.9**i for i in range(60)])
+def test_a_fall_is_no_spike_and_hides_none():
+    fall = [10 * 0.9**i for i in range(20)]
+    detector = detector_after(fall)
+    assert [detector.observe(loss, 1.0, True) is None for loss in (4.0, 4.0)] == [True, False]
+    detector_after([*fall, *(10 * 0.9**i for i in range(20, 60))])
 
 
 def test_skipped_updates():
@@ -188,6 +200,7 @@ def test_off_it_counts_skipped_updates_only():
         ("anticipation_steps", 0),
         ("loss_threshold", math.nan),
         ("max_rollbacks", -1),
+        ("min_history", 1),
         ("min_history", 65),
     ],
 )

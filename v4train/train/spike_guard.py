@@ -1,15 +1,16 @@
 """Loss spikes (V4 report 4.2.3): what counts as one, and what a run does about it. Numbers in, decisions out.
 
 A step is an outlier if its loss, or the logarithm of its gradient norm, lies far above the median of the steps before
-it, measured by their median absolute deviation, which outliers hardly move. `patience` of them in a row, or
-`max_skipped` steps in a row whose gradient is not finite, are a spike. All ranks decide alike, because all that is
-looked at has been summed over all of them.
+it, measured by how much one step usually differs from the next: a median too, which outliers hardly move, nor the fall
+of the loss. `patience` of them in a row, or `max_skipped` steps in a row whose gradient is not finite, are a spike. All
+ranks decide alike, because all that is looked at has been summed over all of them.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -46,27 +47,32 @@ class GuardConfig:
         for key, known in (("snapshot", PLACES), ("anticipate", ANTICIPATE)):
             if getattr(self, key) not in known:
                 raise ConfigError(f"guard.{key}", getattr(self, key), "unknown word", f"use one of {', '.join(known)}")
-        for key in ("window", "min_history", "patience", "max_skipped", "snapshot_every", "anticipation_steps"):
+        for key in ("window", "patience", "max_skipped", "snapshot_every", "anticipation_steps"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"guard.{key}", getattr(self, key), "it must be at least 1", "see conf/guard")
         margins = ("loss_threshold", "loss_margin", "gradient_threshold", "gradient_margin")
         for key in (*margins, "max_rollbacks", "calm_steps", "anticipation_after"):
             if not getattr(self, key) >= 0:  # NaN too
                 raise ConfigError(f"guard.{key}", getattr(self, key), "it can't be negative", "see conf/guard")
+        if self.min_history < 2:
+            raise ConfigError("guard.min_history", self.min_history, "a spread needs two steps", "see conf/guard")
         if self.min_history > self.window:
             rule = f"the window holds only guard.window={self.window} steps"
             raise ConfigError("guard.min_history", self.min_history, rule, "make it at most as large")
 
 
-def robust(values: Iterable[float]) -> tuple[float, float]:
-    """Median, and the spread about it: 1.4826 times the median absolute deviation."""
-    values = list(values)
-    middle = median(values)
-    return middle, CONSISTENT * median(abs(value - middle) for value in values)
+def robust(values: Sequence[float]) -> tuple[float, float]:
+    """Median, and the standard deviation of the noise about the trend, by the median absolute deviation of differences.
+
+    Of independent normal values it is theirs, with a linear trend as without. values: two at least.
+    """
+    changes = [after - before for before, after in pairwise(values)]
+    usual = median(changes)
+    return median(values), CONSISTENT / math.sqrt(2) * median(abs(change - usual) for change in changes)
 
 
-def is_outlier(value: float, history: Iterable[float], threshold: float, margin: float) -> bool:
-    """Whether it is above the median of `history` by more than `threshold` spreads, and more than `margin`.
+def is_outlier(value: float, history: Sequence[float], threshold: float, margin: float) -> bool:
+    """Whether it is above the median of `history` by more than `threshold` standard deviations, and than `margin`.
 
     What is not finite is always one.
     """
