@@ -1,0 +1,78 @@
+"""Training rows of the recall task: those of `RecallTask`, in every layout and after every interruption."""
+
+import numpy as np
+import pytest
+
+from tests.data.test_recall import TOKENIZER, statements
+from tests.documents import data_config
+from tests.loading import loaders, state_of, steps_of
+from v4train.data import TokenizerConfig, check_data, load_data
+from v4train.data.packing import IGNORED_TARGET
+from v4train.data.recall import RecallTask
+from v4train.data.recall_stream import OF_A_SEED, RecallSourceConfig
+from v4train.errors import ConfigError
+
+LENGTH, SEED = 120, 7
+RECALL = {"pairs": 3, "keys": 20, "values": 10, "seed": 4, "nearest": 5, "farthest": 90, "distances": 6}
+
+
+@pytest.fixture
+def made(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(f"document {i} of words, " * (i % 5 + 1))
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    data = data_config(source="text", path=str(folder), recall=RECALL)
+    tokenizer, corpus = load_data(data, TokenizerConfig(300, str(tmp_path), str(tmp_path / "tokenizer.json"), 1000))
+    return corpus, tokenizer, data
+
+
+def test_rows_are_those_of_the_task_and_none_is_of_an_evaluation(made):
+    (source,) = made[0].sources.values()
+    rows = np.array(steps_of(loaders(made, 1, length=LENGTH, seed=SEED), 4)).astype(np.int64)  # [32, 3, S]
+    sizes = {key: RECALL[key] for key in ("pairs", "keys", "values")}
+    (documents,) = [cell.cell_contents for cell in source.stream.__closure__ if hasattr(cell.cell_contents, "flat")]
+    task = RecallTask(documents, made[1], LENGTH, RECALL["seed"], distances=[5, 9, 16, 28, 50, 90], **sizes)
+    expected = [task.row((1 + SEED) * OF_A_SEED + number).row.input_ids.tolist() for number in range(32)]
+    assert sorted(rows[:, 0].tolist()) == sorted(expected)
+    for input_ids, document_ids, targets in rows:
+        assert (targets[:-1] == input_ids[1:]).all() and targets[-1] == IGNORED_TARGET and not document_ids.any()
+        assert len(statements(task, input_ids)) >= 4
+
+
+def test_ranks_and_a_resumed_run_have_the_same_rows(made):
+    whole = steps_of(loaders(made, 1, length=LENGTH), 6)
+    assert steps_of(loaders(made, 2, micro=2, length=LENGTH), 6) == whole
+    first = loaders(made, 1, length=LENGTH)
+    begun = steps_of(first, 3)
+    assert begun + steps_of(loaders(made, 4, state=state_of(first), length=LENGTH), 3) == whole
+    assert len({tuple(row[0]) for step in whole for row in step}) == 48
+    assert steps_of(loaders(made, 1, length=LENGTH, seed=SEED + 1), 6) != whole
+
+
+def test_distances_are_spread_evenly_over_octaves():
+    assert RecallSourceConfig(**RECALL).chosen == [5, 9, 16, 28, 50, 90]
+    assert RecallSourceConfig(**RECALL | {"nearest": 5, "farthest": 7, "distances": 9}).chosen == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"recall": RECALL | {"nearest": 91}}, "data.recall.nearest=91: it lies between"),
+        ({"recall": RECALL | {"distances": 0}}, "data.recall.distances=0: at least 1"),
+        ({"recall": RECALL | {"pears": 2}}, "data.recall.pears=2: unknown key"),
+        ({"recall": RECALL, "fim_rate": 0.1}, "data.fim_rate=0.1: a pair and its repetition"),
+        ({"recall": RECALL, "source": "jsonl", "path": "x"}, "data.recall=jsonl: pairs are placed in text with random"),
+    ],
+)
+def test_what_cannot_be_is_refused(values, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        check_data(data_config(**{"source": "stdlib"} | values))
+
+
+def test_pairs_that_do_not_fit_are_named_by_their_key(made):
+    (loader,) = loaders(made, 1, length=60)
+    with pytest.raises(ConfigError, match="^data.recall.distances="):
+        loader.next_step()
+    loader.close()
