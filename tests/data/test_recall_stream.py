@@ -30,7 +30,7 @@ def made(tmp_path):
 
 def test_rows_are_those_of_the_task_and_none_is_of_an_evaluation(made):
     (source,) = made[0].sources.values()
-    rows = np.array(steps_of(loaders(made, 1, length=LENGTH, seed=SEED), 4)).astype(np.int64)  # [32, 3, S]
+    rows = np.concatenate(steps_of(loaders(made, 1, length=LENGTH, seed=SEED), 4))  # [32, 3, S]
     sizes = {key: RECALL[key] for key in ("pairs", "keys", "values")}
     (documents,) = [cell.cell_contents for cell in source.stream.__closure__ if hasattr(cell.cell_contents, "flat")]
     task = RecallTask(documents, made[1], LENGTH, RECALL["seed"], distances=[5, 9, 16, 28, 50, 90], **sizes)

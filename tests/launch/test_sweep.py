@@ -83,9 +83,7 @@ def test_a_signal_saves_the_jobs_and_the_same_command_continues_them(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = (
-        tmp_path / "runs" / "flash_small_experiment=tiny_seed=1_train.max_steps=100000_train.validation_tokens=96"
-    )
+    metrics = tmp_path / "runs" / "flash_small_experiment=tiny_seed=1_train.max_steps=100000_train.validation_tokens=96"
     metrics /= "metrics.jsonl"
     end = time.monotonic() + LIMIT / 2
     while time.monotonic() < end and not (metrics.exists() and len(read_metrics(metrics)) >= 3):

@@ -42,7 +42,7 @@ def draw_loss(runs: list[Run], by: str) -> Figure | None:
         if len(runs) == 1:
             axes.plot(x, raw, color=color, alpha=0.25, linewidth=0.8)
         smoothed = smooth(raw, SMOOTHING_SHARE * len(raw))
-        label = "training" if len(runs) == 1 else _short(run.name)
+        label = "training" if len(runs) == 1 else short(run.name)
         axes.plot(x, smoothed, color=color, linewidth=1.6, label=label, **line_style(len(x)))
         of_validation = COLORS[1] if len(runs) == 1 else color
         label = "validation" if len(runs) == 1 else None
@@ -104,7 +104,7 @@ def draw_lines(runs: list[Run], keys: dict[str, str], label: str, log: bool = Fa
     """Curves by step of some keys (with their labels, for one run), or of the first one for each of several runs."""
     if len(runs) > 1:
         key = next(iter(keys))
-        curves = [(color, _short(run.name), run.curve(key)) for color, run in _colored(runs)]
+        curves = [(color, short(run.name), run.curve(key)) for color, run in _colored(runs)]
     else:
         curves = [(color, of, runs[0].curve(key)) for color, (key, of) in zip(COLORS, keys.items(), strict=False)]
     curves = [curve for curve in curves if len(curve[2][0])]
@@ -143,7 +143,7 @@ def _colored(runs: list[Run]) -> Iterable[tuple[str, Run]]:
     return ((COLORS[i % len(COLORS)], run) for i, run in enumerate(runs))
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """The end of a long name tells the runs of a sweep apart."""
     return name if len(name) <= NAME_LENGTH else f"...{name[-NAME_LENGTH:]}"
 

@@ -1,6 +1,6 @@
 """What a report knows of a run: its configuration, its metrics as curves, its samples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,21 @@ from v4train.train.metrics import read_metrics
 from v4train.train.run_directory import FIND_RUN, RunDirectory
 
 Curve = tuple[np.ndarray, np.ndarray]  # x and y, both [n]
+RECALL = "eval/recall/"  # of a key, before the distance
 CHANGES = ("phase", "attention_mode", "sequence_length", "global_batch_size")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder, read. `steps` are the records of training, `validations` those with `val_loss`."""
+    """One run's folder, read. `steps` are the records of training, `validations` those with `val_loss`, `evaluations`
+    those of `train.evaluate_every`."""
 
     name: str
     config: dict[str, Any]
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
     samples: str
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     @cached_property
     def clock(self) -> Curve:
@@ -52,6 +55,13 @@ class Run:
             events += [(after["step"], f"another {key.replace('_', ' ')}") for key in changed]
         return sorted(events)
 
+    @property
+    def recall(self) -> dict[int, float]:
+        """Accuracy by distance at the last evaluation."""
+        last = self.evaluations[-1] if self.evaluations else {}
+        found = {int(key.removeprefix(RECALL)): of for key, of in last.items() if key.startswith(RECALL)}
+        return {distance: accuracy for distance, accuracy in found.items() if accuracy is not None}
+
     def last(self, key: str) -> Any:
         """The newest value of a key that was logged now and then; None if it never was."""
         return next((record[key] for record in reversed(self.steps) if key in record), None)
@@ -70,4 +80,6 @@ def read_run(path: Path) -> Run:
     records = read_metrics(directory.metrics) if directory.metrics.is_file() else []
     samples = directory.samples.read_text(encoding="utf-8") if directory.samples.is_file() else ""
     steps = [record for record in records if "loss" in record]
-    return Run(config["run"]["name"], config, steps, [r for r in records if "val_loss" in r], samples.rstrip("\n"))
+    validations = [record for record in records if "val_loss" in record]
+    evaluations = [record for record in records if any(key.startswith("eval/") for key in record)]
+    return Run(config["run"]["name"], config, steps, validations, samples.rstrip("\n"), evaluations)
