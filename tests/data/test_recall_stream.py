@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.data.test_recall import TOKENIZER, statements
-from tests.documents import data_config
+from tests.documents import data_config, documents_of
 from tests.loading import loaders, state_of, steps_of
 from v4train.data import TokenizerConfig, check_data, load_data
 from v4train.data.packing import IGNORED_TARGET
@@ -14,16 +14,24 @@ from v4train.errors import ConfigError
 
 LENGTH, SEED = 120, 7
 RECALL = {"pairs": 3, "keys": 20, "values": 10, "seed": 4, "nearest": 5, "farthest": 90, "distances": 6}
+RECALL["text_targets"] = 1.0
+
+SIZES = {key: RECALL[key] for key in ("pairs", "keys", "values")}
+TEXT = documents_of([500])
 
 
 @pytest.fixture
 def made(tmp_path):
+    return of_text(tmp_path)
+
+
+def of_text(tmp_path, **others):
     folder = tmp_path / "texts"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i in range(20):
         (folder / f"{i}.txt").write_text(f"document {i} of words, " * (i % 5 + 1))
     TOKENIZER.save(tmp_path / "tokenizer.json")
-    data = data_config(source="text", path=str(folder), recall=RECALL)
+    data = data_config(source="text", path=str(folder), recall=RECALL | others)
     tokenizer, corpus = load_data(data, TokenizerConfig(300, str(tmp_path), str(tmp_path / "tokenizer.json"), 1000))
     return corpus, tokenizer, data
 
@@ -31,9 +39,8 @@ def made(tmp_path):
 def test_rows_are_those_of_the_task_and_none_is_of_an_evaluation(made):
     (source,) = made[0].sources.values()
     rows = np.concatenate(steps_of(loaders(made, 1, length=LENGTH, seed=SEED), 4))  # [32, 3, S]
-    sizes = {key: RECALL[key] for key in ("pairs", "keys", "values")}
     (documents,) = [cell.cell_contents for cell in source.stream.__closure__ if hasattr(cell.cell_contents, "flat")]
-    task = RecallTask(documents, made[1], LENGTH, RECALL["seed"], distances=[5, 9, 16, 28, 50, 90], **sizes)
+    task = RecallTask(documents, made[1], LENGTH, RECALL["seed"], distances=[5, 9, 16, 28, 50, 90], **SIZES)
     expected = [task.row((1 + SEED) * OF_A_SEED + number).row.input_ids.tolist() for number in range(32)]
     assert sorted(rows[:, 0].tolist()) == sorted(expected)
     for input_ids, document_ids, targets in rows:
@@ -49,6 +56,27 @@ def test_ranks_and_a_resumed_run_have_the_same_rows(made):
     assert begun + steps_of(loaders(made, 4, state=state_of(first), length=LENGTH), 3) == whole
     assert len({tuple(row[0]) for step in whole for row in step}) == 48
     assert steps_of(loaders(made, 1, length=LENGTH, seed=SEED + 1), 6) != whole
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_repeated_values_are_targets_and_a_share_of_all_else(tmp_path, made, share):
+    whole = np.concatenate(steps_of(loaders(made, 1, length=LENGTH, seed=SEED), 8))
+    some = np.concatenate(
+        steps_of(loaders(of_text(tmp_path / "b", text_targets=share), 1, length=LENGTH, seed=SEED), 8)
+    )
+    assert (whole[:, 0] == some[:, 0]).all()
+    task, trained, others = RecallTask(TEXT, TOKENIZER, LENGTH, RECALL["seed"], distances=[5], **SIZES), 0, 0
+    for row, (_, _, targets) in zip(whole, some, strict=True):
+        stated = {}
+        for place, key, value in statements(task, row[0]):
+            if key in stated:
+                assert targets[place - 1] == value == stated[key]
+                targets[place - 1] = IGNORED_TARGET
+            stated[key] = value
+        has = targets != IGNORED_TARGET
+        assert (targets[has] == row[2][has]).all()
+        trained, others = trained + has.sum(), others + len(has)
+    assert trained / others == pytest.approx(share, abs=0.02)
 
 
 def test_distances_are_spread_evenly_over_octaves():
