@@ -13,10 +13,11 @@ from v4train.data.recall_stream import OF_A_SEED, RecallSourceConfig
 from v4train.errors import ConfigError
 
 LENGTH, SEED = 120, 7
-RECALL = {"pairs": 3, "keys": 20, "values": 10, "seed": 4, "nearest": 5, "farthest": 90, "distances": 6}
-RECALL["text_targets"] = 1.0
+RECALL = {"tokens_per_pair": 40, "keys": 20, "values": 10, "seed": 4, "nearest": 5, "distances": 6}
+RECALL |= {"text_targets": 1.0, "contexts": None}
 
-SIZES = {key: RECALL[key] for key in ("pairs", "keys", "values")}
+SIZES = {"pairs": LENGTH // 40, "keys": 20, "values": 10}
+DISTANCES = [5, 9, 18, 33, 61, 115]  # the last: LENGTH - 1 - 4
 TEXT = documents_of([500])
 
 
@@ -40,7 +41,7 @@ def test_rows_are_those_of_the_task_and_none_is_of_an_evaluation(made):
     (source,) = made[0].sources.values()
     rows = np.concatenate(steps_of(loaders(made, 1, length=LENGTH, seed=SEED), 4))  # [32, 3, S]
     (documents,) = [cell.cell_contents for cell in source.stream.__closure__ if hasattr(cell.cell_contents, "flat")]
-    task = RecallTask(documents, made[1], LENGTH, RECALL["seed"], distances=[5, 9, 16, 28, 50, 90], **SIZES)
+    task = RecallTask(documents, made[1], LENGTH, RECALL["seed"], distances=DISTANCES, **SIZES)
     expected = [task.row((1 + SEED) * OF_A_SEED + number).row.input_ids.tolist() for number in range(32)]
     assert sorted(rows[:, 0].tolist()) == sorted(expected)
     for input_ids, document_ids, targets in rows:
@@ -79,15 +80,28 @@ def test_repeated_values_are_targets_and_a_share_of_all_else(tmp_path, made, sha
     assert trained / others == pytest.approx(share, abs=0.02)
 
 
+def test_short_contexts_fill_rows_and_have_as_many_tokens(tmp_path):
+    made = of_text(tmp_path, contexts=[LENGTH, LENGTH // 4])
+    rows = np.concatenate(steps_of(loaders(made, 1, length=LENGTH, seed=SEED), 8))
+    kinds = [row[1].max() for row in rows]
+    assert sorted(set(kinds)) == [0, 3] and kinds.count(0) == len(rows) / 2
+    for row, kind in zip(rows, kinds, strict=True):
+        own = LENGTH // (kind + 1)
+        assert (row[1] == np.arange(LENGTH) // own).all()
+        assert (row[0][::own] == TOKENIZER.bos_id).all() and (row[2][own - 1 :: own] == IGNORED_TARGET).all()
+    assert len({tuple(context) for row in rows for context in row[0].reshape(4, -1)}) == 4 * len(rows)
+
+
 def test_distances_are_spread_evenly_over_octaves():
-    assert RecallSourceConfig(**RECALL).chosen == [5, 9, 16, 28, 50, 90]
-    assert RecallSourceConfig(**RECALL | {"nearest": 5, "farthest": 7, "distances": 9}).chosen == [5, 6, 7]
+    config = RecallSourceConfig(**RECALL)
+    assert config.spread(115) == DISTANCES and config.spread(7) == [5, 6, 7]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"recall": RECALL | {"nearest": 91}}, "data.recall.nearest=91: it lies between"),
+        ({"recall": RECALL | {"nearest": 0}}, "data.recall.nearest=0: at least 1"),
+        ({"recall": RECALL | {"text_targets": 2.0}}, "data.recall.text_targets=2.0: a share"),
         ({"recall": RECALL | {"distances": 0}}, "data.recall.distances=0: at least 1"),
         ({"recall": RECALL | {"pears": 2}}, "data.recall.pears=2: unknown key"),
         ({"recall": RECALL, "fim_rate": 0.1}, "data.fim_rate=0.1: a pair and its repetition"),
@@ -99,8 +113,12 @@ def test_what_cannot_be_is_refused(values, message):
         check_data(data_config(**{"source": "stdlib"} | values))
 
 
-def test_pairs_that_do_not_fit_are_named_by_their_key(made):
-    (loader,) = loaders(made, 1, length=60)
-    with pytest.raises(ConfigError, match="^data.recall.distances="):
+@pytest.mark.parametrize(
+    ("contexts", "message"),
+    [([60, 121], r"data.recall.contexts=\[60, 121\]: a row has"), ([8], "data.recall.contexts=8: its last value")],
+)
+def test_contexts_that_do_not_fit_are_refused(tmp_path, contexts, message):
+    (loader,) = loaders(of_text(tmp_path, contexts=contexts), 1, length=LENGTH)
+    with pytest.raises(ConfigError, match=f"^{message}"):
         loader.next_step()
     loader.close()

@@ -65,6 +65,11 @@ def default_distances(length: int, statement: int) -> list[int]:
     return distances
 
 
+def statement_width(tokenizer: Tokenizer) -> int:
+    """Tokens of a statement."""
+    return len(tokenizer.encode(OPENING)) + 2
+
+
 class RecallTask:
     """Rows of `length` tokens whose text comes from `documents` (each BOS ... EOS), drawn at random.
 
@@ -86,7 +91,7 @@ class RecallTask:
     ) -> None:
         self.documents, self.tokenizer, self.length, self.seed = documents, tokenizer, length, seed
         self.opening = tokenizer.encode(OPENING)
-        self.statement = len(self.opening) + 2
+        self.statement = statement_width(tokenizer)
         distances = default_distances(length, self.statement) if distances is None else distances
         self.config = RecallConfig(distances, pairs, keys, values, key)
         farthest = length - 1 - self.statement
