@@ -20,7 +20,7 @@ OFFSETS = {"muon": (0.0, 0.2), "adamw": (0.4, 0.8)}
 def paths(tmp_path_factory):
     base = tmp_path_factory.mktemp("runs")
     return [
-        make_run(base, f"{name}_seed={seed}_short", (f"optimizer={name}", f"seed={seed}"), offset=offset)
+        make_run(base, f"{name}_seed{seed}_short", (f"optimizer={name}", f"seed={seed}"), offset=offset)
         for name, offsets in OFFSETS.items()
         for seed, offset in enumerate(offsets, 1)
     ]

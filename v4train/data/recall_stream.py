@@ -95,7 +95,8 @@ class RecallStream:
         if farthest < config.nearest:
             rule = f"its last value can be {farthest} tokens from the first, and data.recall.nearest={config.nearest}"
             raise ConfigError("data.recall.contexts", length, rule, "use longer contexts")
-        sizes = {"pairs": max(1, length // config.tokens_per_pair), "keys": config.keys, "values": config.values}
+        pairs = min(config.keys, max(1, length // config.tokens_per_pair))
+        sizes = {"pairs": pairs, "keys": config.keys, "values": config.values}
         distances = config.spread(farthest)
         return RecallTask(
             self._documents, tokenizer, length, config.seed, distances=distances, key="data.recall.", **sizes
