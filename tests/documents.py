@@ -32,6 +32,7 @@ def data_config(**others) -> DataConfig:
     """As conf/data/_data.yaml has it, small documents only."""
     own = {"source": "text", "path": None, "name": None, "split": "train", "column": "text", "epochs": None}
     own |= {"validation_fraction": 0.2, "on_error": "error", "retries": 0, "max_document_bytes": 1000, "verify": True}
+    own |= {"recall": None}
     assert own.keys() == {field.name for field in fields(SourceConfig)}
     own |= {"sources": None, "weights": None, "when_dry": "stop", "packing": "best_fit", "fim_rate": 0.0}
     return DataConfig(**own | {"lanes": None, "workers": 0} | others)

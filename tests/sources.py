@@ -10,7 +10,7 @@ from v4train.data.config import SourceConfig
 def source(kind: str, path: Path, **others) -> SourceConfig:
     """As conf/data/ would make it, small documents only."""
     usual = {"name": None, "split": "train", "column": "text", "validation_fraction": 0.2, "epochs": None}
-    usual |= {"on_error": "error", "retries": 0, "max_document_bytes": 1000, "verify": True}
+    usual |= {"on_error": "error", "retries": 0, "max_document_bytes": 1000, "verify": True, "recall": None}
     return SourceConfig(source=kind, path=str(path), **usual | others)
 
 

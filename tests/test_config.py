@@ -1,8 +1,12 @@
 """Bad input ends in one line that names the key; good input in typed settings."""
 
+from itertools import product
+
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from v4train.analysis.parameters import parameter_counts
 from v4train.config import load, settings
 from v4train.errors import ConfigError
 from v4train.overrides import config_dir, default_run_name
@@ -120,6 +124,45 @@ def test_every_shipped_option_composes(override, tmp_path, monkeypatch):
         needed = NEEDED.get(name, [])
     config = load([override, *needed])
     assert settings(config).plan.total_steps >= 1
+
+
+def jobs_of(experiment: str) -> list[list[str]]:
+    """Overrides of each job of the sweep that an experiment is."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose("pretrain", [f"experiment={experiment}"], return_hydra_config=True)
+    swept = [[f"{key}={value}" for value in str(of).split(",")] for key, of in config.hydra.sweeper.params.items()]
+    return [[f"experiment={experiment}", *job] for job in product(*swept)]
+
+
+EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("[!_]*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_job_of_every_experiment_is_a_run_of_its_own(experiment):
+    jobs = jobs_of(experiment)
+    assert len({load(job).run.name for job in jobs}) == len(jobs) > 1
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name.endswith("_tune")])
+def test_what_is_tuned_is_reported_on_other_seeds(experiment):
+    tuned, reported = jobs_of(experiment), jobs_of(experiment.removesuffix("_tune"))
+    seeds = [{word for job in jobs for word in job if word.startswith("seed=")} for jobs in (tuned, reported)]
+    assert seeds[0] == {"seed=1"} and "seed=1" not in seeds[1] and len(seeds[1]) > 1
+    assert any(word.startswith("schedule.learning_rate=") for word in tuned[0])
+
+
+def test_variants_of_the_recall_experiment_have_equal_parameters():
+    counts = {job[-1]: parameter_counts(settings(load(job)).model)[0] for job in jobs_of("recall")}
+    assert max(counts.values()) / min(counts.values()) < 1.01, counts
+
+
+def test_a_value_by_the_name_of_another():
+    table = "{muon: 1, adamw: [2, {a: 3}]}"
+    config = OmegaConf.create({"of": "adamw", "value": f"${{by:${{of}},{table}}}"})
+    OmegaConf.resolve(config)
+    assert config.value == [2, {"a": 3}]
+    with pytest.raises(ConfigError, match="^model.num_layers=.*nothing for x, only for muon, adamw"):
+        load([f"model.num_layers='${{by:x,{table}}}'"])
 
 
 def test_the_default_run_name_comes_from_model_and_overrides():

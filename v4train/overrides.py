@@ -92,7 +92,20 @@ def sweep_name(model: str, overrides: Sequence[str]) -> str:
     return default_run_name(swept[0] if swept else model, list(overrides))
 
 
+def by(name: str, table: dict) -> object:
+    """What a table has for a name: a value that goes with another one which is swept (conf/experiment/).
+
+    Raises:
+        KeyError: it has nothing.
+    """
+    if name not in table:
+        raise KeyError(f"there is nothing for {name}, only for {', '.join(map(str, table))}")
+    value = table[name]
+    return OmegaConf.create(value) if isinstance(value, list | dict) else value
+
+
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)  # hydra.sweep.dir in conf/pretrain.yaml
+OmegaConf.register_new_resolver("by", by, replace=True)  # ${by:${model.name},{a: 1, b: 2}}
 
 
 def explain(error: Exception, program: str = "pretrain") -> ConfigError:

@@ -15,10 +15,15 @@ SHIPPED = sorted(path.stem for path in (CONF / "data").glob("[!_]*.yaml"))
 
 
 def merged(file):
-    defaults = OmegaConf.load(CONF / "data/_data.yaml")
+    evaluation = OmegaConf.load(CONF / "evaluation/default.yaml")
+    values = OmegaConf.merge(OmegaConf.structured(DataConfig), *_with_defaults(file))
+    return OmegaConf.create({"data": values, "evaluation": evaluation}).data
+
+
+def _with_defaults(file):
     own = OmegaConf.load(CONF / f"data/{file}.yaml")
-    own.pop("defaults", None)
-    return OmegaConf.merge(OmegaConf.structured(DataConfig), defaults, own)
+    before = [name for name in own.pop("defaults", []) if name != "_self_"]
+    return [*(values for name in before for values in _with_defaults(name)), own]
 
 
 def load(options, file, **rest):

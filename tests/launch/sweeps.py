@@ -21,7 +21,7 @@ def experiment(base: Path) -> list[str]:
     folder = base / "my_conf" / "experiment"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny.yaml").write_text(f"# @package _global_\ndefaults:\n  - override /data: text\n{text}")
-    return ["--config-dir", str(base / "my_conf"), "+experiment=tiny"]
+    return ["--config-dir", str(base / "my_conf"), "experiment=tiny"]
 
 
 def command(base: Path, *overrides: str) -> list[str]:

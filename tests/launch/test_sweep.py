@@ -45,7 +45,7 @@ def test_two_by_two_with_a_job_that_fails(tmp_path):
     assert abs(float(rows[0]["val_loss"]) - float(rows[2]["val_loss"])) > 1e-4
     # One folder a run, named from the overrides, and nothing of Hydra's but the sweep's own
     names = {
-        f"flash_small_+experiment=tiny_train.global_batch_size={row['train.global_batch_size']}"
+        f"flash_small_experiment=tiny_train.global_batch_size={row['train.global_batch_size']}"
         f"_train.max_steps=4_train.micro_batch_size={row['train.micro_batch_size']}"
         for row in rows
     }
@@ -83,9 +83,7 @@ def test_a_signal_saves_the_jobs_and_the_same_command_continues_them(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = (
-        tmp_path / "runs" / "flash_small_+experiment=tiny_seed=1_train.max_steps=100000_train.validation_tokens=96"
-    )
+    metrics = tmp_path / "runs" / "flash_small_experiment=tiny_seed=1_train.max_steps=100000_train.validation_tokens=96"
     metrics /= "metrics.jsonl"
     end = time.monotonic() + LIMIT / 2
     while time.monotonic() < end and not (metrics.exists() and len(read_metrics(metrics)) >= 3):

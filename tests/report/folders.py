@@ -24,6 +24,8 @@ def make_run(folder: Path, name: str, overrides: tuple[str, ...] = (), steps: in
             loss = 3 + offset + 5 * math.exp(-step / 10) * (step < steps)
             bits = {"val_loss": loss, "val_bits_per_byte": loss / 2, "val_gain_over_unigram": 6 - loss}
             lines.append({"step": step, "tokens": step * 2048, "unigram_entropy": 6.0, **bits})
+            recall = {"eval/recall/32": 0.9 + offset / 10, "eval/recall/64": step / 100, "eval/recall/128": None}
+            lines.append({"step": step, "tokens": step * 2048, **recall})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (path / "samples.txt").write_text(SAMPLE + "\n")
     return path
@@ -39,8 +41,11 @@ def step_record(step: int, steps: int, offset: float) -> dict:
     record |= {"sequence_length": 512, "global_batch_size": 4, "slowest_rank": int(step % 4 == 0)}
     parts = {"data": 0.01, "forward": 0.15, "backward": 0.25, "optimizer": 0.05, "wait": 0.03}
     record |= {f"{name}_seconds": seconds for name, seconds in parts.items()}
+    record["max_violation_by_layer"] = {"blocks.3": 2 / step, "mtp": 4 / step}
     if step % 20 == 0:
         names = [f"blocks.{layer}" for layer in range(6)]
         record["layers"] = {n: {"activation_rms": 1.0 + i, "update_ratio": 1e-3 / (i + 1)} for i, n in enumerate(names)}
+        for i, name in enumerate(names):
+            record["layers"][name] |= {"gain_forward": 1.0 + i * step, "gain_backward": 100.0 - i * step}
         record["expert_load"] = {f"{name}.ffn.router": [0.5, 1.0, 1.5, 1.0] for name in names[3:]}
     return record

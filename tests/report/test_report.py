@@ -19,6 +19,7 @@ from v4train.errors import ConfigError
 from v4train.report import compare, report
 from v4train.report.differences import differences
 from v4train.report.figures import PICTURES
+from v4train.report.figures_of_groups import GROUP_PICTURES
 from v4train.report.figures_of_layers import LAYER_PICTURES
 from v4train.report.page import final_figures
 from v4train.report.runs import read_run
@@ -141,7 +142,8 @@ def test_the_page_of_a_run(folder, tmp_path):
     assert html.escape(SAMPLE).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in text
     assert "attention_mix" in text and "<script" not in text and "http:" not in text and "https:" not in text
     files = {path.stem: path.read_bytes() for path in tmp_path.glob("*.png")}
-    assert files.keys() == PICTURES.keys() | LAYER_PICTURES.keys()
+    of_several = {"validation_of_seeds", "violation_of_seeds"}
+    assert files.keys() == (PICTURES.keys() | LAYER_PICTURES.keys() | GROUP_PICTURES.keys()) - of_several
     assert sorted(pictures_of(text)) == sorted(files.values())
     for name in files:
         assert image.imread(tmp_path / f"{name}.png").std() > 0.02, name
@@ -159,7 +161,7 @@ def test_a_page_of_several_runs(folder, tmp_path):
     assert different["seed"] == ["1", "2", "1"]
     assert different["optimizer.name"] == ["muon", "adamw", "muon"]
     assert "run.name" not in different and "model.hidden_size" not in different
-    assert len(pictures_of(text)) == len(PICTURES)
+    assert len(pictures_of(text)) == len(PICTURES) + 2  # recall and gain: no two runs differ in their seed only
 
 
 def test_every_run_of_a_comparison_has_its_curve(folder):
@@ -217,8 +219,13 @@ def test_parts_of_the_time_and_layers_are_drawn(folder):
     (axes,) = LAYER_PICTURES["step_time"].draw([run]).axes
     tops = [polygon.get_paths()[0].vertices[:, 1].max() for polygon in axes.collections]
     np.testing.assert_allclose(tops, [2, 32, 82, 92, 98, 100])
-    rms, load = (LAYER_PICTURES[name].draw([run]).axes for name in ("activation_rms", "expert_load"))
+    names = ("activation_rms", "expert_load", "violation_by_layer", "gain_forward")
+    rms, load, violation, gain = (LAYER_PICTURES[name].draw([run]).axes for name in names)
     assert [list(line.get_ydata()) for line in rms[0].lines] == [[1.0 + i] * 3 for i in range(6)]
+    assert [list(line.get_ydata()) for line in gain[0].lines] == [[1.0 + i * n for n in (20, 40, 60)] for i in range(6)]
+    steps = np.arange(1, 61)
+    np.testing.assert_allclose(violation[0].images[0].get_array(), [2 / steps, 4 / steps])
+    assert [label.get_text() for label in violation[0].get_yticklabels()] == ["blocks.3", "mtp"]
     np.testing.assert_array_equal(load[0].images[0].get_array(), [[0.5, 1.0, 1.5, 1.0]] * 3)
     mix = LAYER_PICTURES["attention_mix"].draw([run])
     words = [text.get_text() for text in mix.legends[0].get_texts()]

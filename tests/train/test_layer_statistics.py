@@ -54,6 +54,10 @@ def test_figures_of_a_step(alone, monkeypatch):
     for name, square in squares.items():
         assert found[name]["activation_rms"] == pytest.approx(square**0.5, rel=1e-5)
     assert {name for name, figures in found.items() if "activation_rms" in figures} == set(squares)
+    for way in ("gain_forward", "gain_backward"):  # mHC's are near 1: test_mixing_gain.py
+        assert {name: figures[way] for name, figures in found.items() if way in figures} == pytest.approx(
+            dict.fromkeys(squares, 1.0), abs=1e-2
+        )
 
 
 def test_a_sample_of_a_large_tensor_is_near(alone, monkeypatch):

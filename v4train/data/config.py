@@ -24,6 +24,7 @@ class SourceConfig:
     retries: int
     max_document_bytes: int
     verify: bool
+    recall: Any
 
 
 @dataclass

@@ -21,6 +21,7 @@ from v4train.data.files import Retry, find_files
 from v4train.data.mixture import Mixture
 from v4train.data.packing import PACKINGS, shuffled
 from v4train.data.problems import POLICIES, Problems
+from v4train.data.recall_stream import RecallSourceConfig, RecallStream
 from v4train.data.records import Reading, read_records
 from v4train.data.shards import INDEX, Shards, document_hash, held_out
 from v4train.data.sources import SOURCES, Document, Documents, find_documents
@@ -28,6 +29,7 @@ from v4train.data.streams import IndexedStream, Lane, Stream, TextStream
 from v4train.data.texts import SHARDS, STREAMED, find_tokenizer
 from v4train.data.tokenizer import Tokenizer, TokenizerConfig
 from v4train.errors import ConfigError
+from v4train.structured import structured
 from v4train.terminal import Work
 
 _RECIPE = 2  # part of the cache key: raise it when a change here alters the files
@@ -113,6 +115,9 @@ def check_data(data: DataConfig) -> None:
             raise ConfigError(f"data.{key}", getattr(data, key), "unknown", f"use one of {', '.join(known)}")
     if not 0 <= data.fim_rate <= 1:
         raise ConfigError("data.fim_rate", data.fim_rate, "a share of the documents, 0 to 1", "for example 0.1")
+    if data.fim_rate and any(source.recall is not None for source in data.named_sources.values()):
+        rule = "a pair and its repetition would change places"
+        raise ConfigError("data.fim_rate", data.fim_rate, rule, "use data.fim_rate=0 with data.recall")
     if data.workers < 0:
         raise ConfigError("data.workers", data.workers, "it can't be negative", "use 0 to read without threads")
     if data.lanes is not None and data.lanes < 1:
@@ -140,6 +145,11 @@ def _check_source(key: str, config: SourceConfig) -> None:
     for name, least in (("retries", 0), ("max_document_bytes", 1)):
         if getattr(config, name) < least:
             raise ConfigError(f"{key}.{name}", getattr(config, name), f"at least {least}", f"for example {least}")
+    if config.recall is not None:
+        structured(RecallSourceConfig, config.recall, f"{key}.recall")
+        if config.source not in SOURCES:
+            rule = "pairs are placed in text with random access only"
+            raise ConfigError(f"{key}.recall", config.source, rule, f"use source {' or '.join(SOURCES)}")
     if config.source in SOURCES:
         try:
             SOURCES[config.source](config.path)
@@ -180,6 +190,13 @@ def _open(name: str, config: SourceConfig, tokenizer: Tokenizer, cache_dir: str,
         return _open_files(name, config, tokenizer, cache_dir, validation_tokens)
     documents = find_documents(config)
     train, validation, fingerprint = tokenized(documents, tokenizer, cache_dir)
+    if config.recall is not None:
+        recall = structured(RecallSourceConfig, config.recall, "data.recall")
+
+        def rows(lane: Lane) -> Stream:
+            return RecallStream(train, tokenizer, recall, lane)
+
+        return Source(name, rows, validation, train.num_tokens, None, f"{fingerprint} {recall}")
 
     def stream(lane: Lane) -> Stream:
         return IndexedStream(train, lane, config.epochs)

@@ -13,7 +13,18 @@ import numpy as np
 
 from v4train.data.fill_in_middle import FillInMiddle
 from v4train.data.mixture import Mixture
-from v4train.data.packing import PACKINGS, Packed, Piece, Row, Window, build_row, packed, permutation, rejoined
+from v4train.data.packing import (
+    PACKINGS,
+    Packed,
+    PartlyTrained,
+    Piece,
+    Row,
+    Window,
+    build_row,
+    packed,
+    permutation,
+    rejoined,
+)
 from v4train.data.streams import Stream
 
 _ORDER = 2  # sets the order of a window's rows apart from other numbers of the window
@@ -121,9 +132,19 @@ class _Joined:
         self.lengths = windows[0].lengths if len(windows) == 1 else np.concatenate([own.lengths for own in windows])
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        window, document = self._place(document)
+        return window.tokens(document, start, stop)
+
+    def untrained(self, document: int, start: int, stop: int) -> np.ndarray:
+        window, document = self._place(document)
+        if isinstance(window, PartlyTrained):
+            return window.untrained(document, start, stop)
+        return np.zeros(stop - start, dtype=bool)
+
+    def _place(self, document: int) -> tuple[Window, int]:
         for window in self._windows:
             if document < len(window.lengths):
-                return window.tokens(document, start, stop)
+                return window, document
             document -= len(window.lengths)
         raise IndexError(document)
 

@@ -5,7 +5,7 @@ place in the data is a window and a row of it. Legend: D documents of the window
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -42,6 +42,14 @@ class Window(Protocol):
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a document, cut at its end."""
+
+
+@runtime_checkable
+class PartlyTrained(Protocol):
+    """A window some of whose tokens are no targets."""
+
+    def untrained(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens [start, stop) of a document aren't: bool [stop - start]."""
 
 
 def best_fit(pieces: Iterable[Piece], length: int) -> list[list[Piece]]:
@@ -121,6 +129,7 @@ PACKINGS: dict[str, Callable[[Iterable[Piece], int], list[list[Piece]]]] = {
 
 def build_row(pieces: Sequence[Piece], window: Window, length: int, pad_id: int) -> Row:
     """The row, padded with `pad_id`. The last token of a piece has the document's next one as its target."""
+    untrained = window.untrained if isinstance(window, PartlyTrained) else None
     input_ids = np.full(length, pad_id, dtype=np.int64)
     document_ids = np.full(length, PADDING_DOCUMENT, dtype=np.int64)
     targets = np.full(length, IGNORED_TARGET, dtype=np.int64)
@@ -129,7 +138,10 @@ def build_row(pieces: Sequence[Piece], window: Window, length: int, pad_id: int)
         tokens, size = window.tokens(document, start, stop + 1), stop - start
         input_ids[at : at + size] = tokens[:size]
         document_ids[at : at + size] = number
-        targets[at : at + len(tokens) - 1] = tokens[1:]
+        own = targets[at : at + len(tokens) - 1]
+        own[:] = tokens[1:]
+        if untrained is not None:
+            own[untrained(document, start + 1, start + len(tokens))] = IGNORED_TARGET
         at += size
     return Row(input_ids, document_ids, targets)
 

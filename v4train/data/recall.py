@@ -35,14 +35,15 @@ class RecallConfig:
     pairs: int
     keys: int
     values: int
+    key: str  # what the names of these begin with where the user gives them
 
     def __post_init__(self) -> None:
-        for key in ("pairs", "keys", "values"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"recall_{key}", getattr(self, key), "at least 1", "for example 4")
+        for name in ("pairs", "keys", "values"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{self.key}{name}", getattr(self, name), "at least 1", "for example 4")
         if self.pairs > self.keys:
-            rule = f"a row's keys differ, and there are recall_keys={self.keys}"
-            raise ConfigError("recall_pairs", self.pairs, rule, f"at most {self.keys}")
+            rule = f"a row's keys differ, and there are {self.key}keys={self.keys}"
+            raise ConfigError(f"{self.key}pairs", self.pairs, rule, f"at most {self.keys}")
 
 
 class RecallRow(NamedTuple):
@@ -64,6 +65,11 @@ def default_distances(length: int, statement: int) -> list[int]:
     return distances
 
 
+def statement_width(tokenizer: Tokenizer) -> int:
+    """Tokens of a statement."""
+    return len(tokenizer.encode(OPENING)) + 2
+
+
 class RecallTask:
     """Rows of `length` tokens whose text comes from `documents` (each BOS ... EOS), drawn at random.
 
@@ -81,20 +87,21 @@ class RecallTask:
         pairs: int,
         keys: int,
         values: int,
+        key: str = "recall_",
     ) -> None:
         self.documents, self.tokenizer, self.length, self.seed = documents, tokenizer, length, seed
         self.opening = tokenizer.encode(OPENING)
-        self.statement = len(self.opening) + 2
+        self.statement = statement_width(tokenizer)
         distances = default_distances(length, self.statement) if distances is None else distances
-        self.config = RecallConfig(distances, pairs, keys, values)
+        self.config = RecallConfig(distances, pairs, keys, values, key)
         farthest = length - 1 - self.statement
         if not distances or not all(self.statement <= distance <= farthest for distance in distances):
             rule = f"each must lie between {self.statement} (a statement's tokens) and {farthest} (the context's end)"
-            raise ConfigError("recall_distances", distances, rule, "change them, or the sequence length")
+            raise ConfigError(f"{key}distances", distances, rule, "change them, or the sequence length")
         usable = np.setdiff1d(np.flatnonzero(tokenizer.bytes_per_token), self.opening)
         if len(usable) < keys + values:
             rule = f"the tokenizer has {len(usable)} ordinary tokens, and keys and values need {keys + values}"
-            raise ConfigError("recall_values", values, rule, "ask for fewer keys and values")
+            raise ConfigError(f"{key}values", values, rule, "ask for fewer keys and values")
         drawn = usable[permutation(len(usable), seed, _ROLES)[: keys + values]]
         self.keys, self.values = drawn[:keys], drawn[keys:]
 

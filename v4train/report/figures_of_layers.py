@@ -97,6 +97,26 @@ def draw_layers(runs: list[Run], figure_of_layer: str, label: str) -> Figure | N
     return figure
 
 
+def draw_violations(runs: list[Run]) -> Figure | None:
+    """Max violation by step (across) and layer (down), so that one layer that collapses is seen among many."""
+    records = [record for record in runs[0].steps if record.get("max_violation_by_layer")]
+    if not records:
+        return None
+    names = list(dict.fromkeys(name for record in records for name in record["max_violation_by_layer"]))
+    table = np.array([[record["max_violation_by_layer"].get(name, np.nan) for record in records] for name in names])
+    figure, axes = new_figure(height=1.6 + 0.22 * min(len(names), 20))
+    axes.grid(False)
+    steps = [record["step"] for record in records]
+    extent = (steps[0] - 0.5, steps[-1] + 0.5, len(names) - 0.5, -0.5)
+    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest", extent=extent)
+    every = -(-len(names) // 20)
+    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=8)
+    figure.subplots_adjust(left=0.2)
+    figure.colorbar(image, ax=axes, label="max violation")
+    finish(axes, "")
+    return figure
+
+
 def _of_layers(key: str, label: str) -> Callable[[list[Run]], Figure | None]:
     return partial(draw_layers, figure_of_layer=key, label=label)
 
@@ -105,8 +125,17 @@ LAYER_PICTURES = {
     "step_time": Picture("Where a step's time goes", "mean of all ranks; wait: for other ranks", draw_time_parts),
     "attention_mix": Picture("Attention mix", "kind of each layer, in reading order", draw_attention_mix),
     "expert_load": Picture("Expert load", "tokens of each expert over the layer's mean, at the end", draw_expert_load),
+    "violation_by_layer": Picture(
+        "Expert balance by layer", "load of each layer's busiest expert over the mean, minus 1", draw_violations
+    ),
     "activation_rms": Picture("Activations", "RMS of each layer's output", _of_layers("activation_rms", "RMS")),
     "update_ratio": Picture(
         "Updates", "RMS of a step's update over that of the weights", _of_layers("update_ratio", "update / weight")
+    ),
+    "gain_forward": Picture(
+        "Gain forward", "of the streams' mixing from the embedding to each layer", _of_layers("gain_forward", "row sum")
+    ),
+    "gain_backward": Picture(
+        "Gain backward", "of the streams' mixing from the end to each layer", _of_layers("gain_backward", "column sum")
     ),
 }

@@ -2,6 +2,7 @@
 
 import base64
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import OmegaConf
 
 from v4train import durable
+from v4train.report.groups import Group, group_figures
 from v4train.report.runs import Run
 from v4train.terminal import format_duration
 from v4train.train.step_times import PARTS
@@ -25,13 +27,21 @@ class Shown(NamedTuple):
     path: Path
 
 
-def write_page(out: Path, runs: list[Run], shown: list[Shown], different: dict[str, list[Any]] | None = None) -> Path:
-    """Write `out`/index.html and return its path. different: from `differences`, on a page of several runs."""
+def write_page(
+    out: Path,
+    runs: list[Run],
+    shown: list[Shown],
+    different: dict[str, list[Any]] | None = None,
+    groups: Sequence[Group] = (),
+) -> Path:
+    """Write `out`/index.html and return its path. different: from `differences`, on a page of several runs; groups:
+    these runs by `groups_of`."""
     environment = Environment(
         loader=PackageLoader("v4train.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     figures = [final_figures(run) for run in runs]
     names = list(dict.fromkeys(name for of in figures for name in of))
+    of_groups = group_figures(groups)
     pictures = [(of.title, of.caption, base64.b64encode(of.path.read_bytes()).decode()) for of in shown]
     text = environment.get_template("page.html").render(
         title=runs[0].name if different is None else f"{len(runs)} run{'s' * (len(runs) > 1)}",
@@ -39,6 +49,8 @@ def write_page(out: Path, runs: list[Run], shown: list[Shown], different: dict[s
         runs=runs,
         names=names,
         figures=figures,
+        groups=list(zip([group.name for group in groups], of_groups, strict=True)),
+        group_names=list(dict.fromkeys(name for of in of_groups for name in of)),
         best=_best(runs) if len(runs) > 1 else None,
         pictures=pictures,
         different=different,

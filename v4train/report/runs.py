@@ -13,19 +13,21 @@ from v4train.train.metrics import read_metrics
 from v4train.train.run_directory import FIND_RUN, RunDirectory
 
 Curve = tuple[np.ndarray, np.ndarray]  # x and y, both [n]
+RECALL = "eval/recall/"  # of a key, before the distance
 CHANGES = ("phase", "attention_mode", "sequence_length", "global_batch_size")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder, read. `steps` are the records of training, `validations` those with `val_loss`, `incidents`
-    those of events.jsonl."""
+    """One run's folder, read. `steps` are the records of training, `validations` those with `val_loss`, `evaluations`
+    those of `train.evaluate_every`, `incidents` those of events.jsonl."""
 
     name: str
     config: dict[str, Any]
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
     samples: str
+    evaluations: tuple[dict[str, Any], ...] = ()
     incidents: tuple[dict[str, Any], ...] = ()
 
     @cached_property
@@ -70,6 +72,13 @@ class Run:
             events += [(after["step"], f"another {key.replace('_', ' ')}") for key in changed]
         return sorted(set(events))
 
+    @property
+    def recall(self) -> dict[int, float]:
+        """Accuracy by distance at the last evaluation."""
+        last = self.evaluations[-1] if self.evaluations else {}
+        found = {int(key.removeprefix(RECALL)): of for key, of in last.items() if key.startswith(RECALL)}
+        return {distance: accuracy for distance, accuracy in found.items() if accuracy is not None}
+
     def last(self, key: str) -> Any:
         """The newest value of a key that was logged now and then; None if it never was."""
         return next((record[key] for record in reversed(self.steps) if key in record), None)
@@ -89,5 +98,6 @@ def read_run(path: Path) -> Run:
     samples = directory.samples.read_text(encoding="utf-8") if directory.samples.is_file() else ""
     steps = [record for record in records if "loss" in record]
     validations = [record for record in records if "val_loss" in record]
+    evaluations = tuple(record for record in records if any(key.startswith("eval/") for key in record))
     incidents = tuple(read_metrics(directory.events)) if directory.events.is_file() else ()
-    return Run(config["run"]["name"], config, steps, validations, samples.rstrip("\n"), incidents)
+    return Run(config["run"]["name"], config, steps, validations, samples.rstrip("\n"), evaluations, incidents)

@@ -1,4 +1,4 @@
-"""`train.layers_every`: layer statistics every so many steps, of activations and updates.
+"""`train.layers_every`: layer statistics every so many steps: activations, updates, gain of the streams.
 
 A figure is of a whole layer (`blocks.3`) or of what stands beside them (`embedding`, `head`, `mtp`), whatever the
 layout. Steps in between cost nothing, and no weight is copied whole.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from v4train.model import Transformer
 from v4train.optim.param_groups import local_parameters
 from v4train.train.distributed import all_sum
+from v4train.train.mixing_gain import MixingGain
 
 SAMPLED = 2**16  # elements of a tensor that its update is measured on, evenly spread: 0.4 % off, for 256 KiB
 
@@ -32,13 +33,14 @@ class LayerStatistics:
         self._model, self._sizes, self._counts, self._device = model, sizes, counts, device
         self._squares: dict[str, list[Tensor]] = defaultdict(list)  # of activations: mean square of each micro-batch
         self._before: dict[str, Tensor] = {}
+        self._gain = MixingGain(model)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Around the passes and the update of a step."""
         self._before = {name: _sample(parameter).clone() for name, parameter in local_parameters(self._model)}
         blocks = [(f"blocks.{i}", block) for i, block in enumerate(self._model.blocks)]
-        handles = [block.register_forward_hook(self._hook(name)) for name, block in blocks]
+        handles = [block.register_forward_hook(self._hook(name)) for name, block in blocks] + self._gain.hook()
         try:
             yield
         finally:
@@ -46,11 +48,17 @@ class LayerStatistics:
                 handle.remove()
 
     def take(self) -> dict[str, dict[str, float]]:
-        """{layer: {activation_rms, update_ratio}} of the step measured last. Collective."""
+        """{layer: {activation_rms, update_ratio, gain_forward, gain_backward}} of the step measured last.
+
+        Collective.
+        """
         values: dict[tuple[str, str], Tensor | float] = {}
         for name, squares in self._squares.items() if self._counts else ():
             values["square", name] = torch.stack(squares).sum()
             values["number", name] = float(len(squares))
+        gains = self._gain.take()
+        for name, (forward, backward) in gains.items() if self._counts else ():
+            values["forward", name], values["backward", name], values["gains", name] = forward, backward, 1.0
         for name, parameter in local_parameters(self._model):
             after, before = _sample(parameter), self._before[name]
             values["update", name] = (after - before).double().square().sum()
@@ -77,6 +85,8 @@ class LayerStatistics:
             if name in squares:
                 found[name]["activation_rms"] = math.sqrt(squares[name])
             found[name]["update_ratio"] = math.sqrt(updates[name] / weights[name]) if weights[name] else 0.0
+            for way in ("forward", "backward") if name in sums["gains"] else ():
+                found[name][f"gain_{way}"] = sums[way][name] / sums["gains"][name]
         return dict(found)
 
     def _hook(self, name: str) -> Callable:

@@ -18,7 +18,7 @@ from v4train.train import checkpoint
 
 # Keys that a continued run must share with the run it continues: with others it would be another experiment.
 BOUND = ("seed", "model", "data", "tokenizer.vocab_size", "tokenizer.path", "optimizer.name", "train.sequence_length")
-ADDED = {"model.tie_embedding": False}  # keys that older checkpoints lack, and what they meant
+ADDED = {"model.tie_embedding": False, "data.recall": None}  # keys that older checkpoints lack, and what they meant
 _FREE_DATA = ("workers", "retries", "verify", "on_error", "weights")
 # What changes speed, not results; and what may change from where a run continues on
 FREE = ("model.attention.query_chunk", *(f"data.{key}" for key in _FREE_DATA))

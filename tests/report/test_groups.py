@@ -1,0 +1,88 @@
+"""Runs that differ in their seed only, taken together: figures worked out by hand from the records they are made of."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from tests.report.folders import make_run
+from tests.report.test_report import cells
+from v4train.report import compare
+from v4train.report.figures_of_groups import GROUP_PICTURES
+from v4train.report.groups import first_below, group_figures, groups_of
+from v4train.report.runs import read_run
+
+OFFSETS = {"muon": (0.0, 0.2), "adamw": (0.4, 0.8)}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    base = tmp_path_factory.mktemp("runs")
+    return [
+        make_run(base, f"{name}_seed{seed}_short", (f"optimizer={name}", f"seed={seed}"), offset=offset)
+        for name, offsets in OFFSETS.items()
+        for seed, offset in enumerate(offsets, 1)
+    ]
+
+
+def test_runs_are_grouped_by_all_but_their_seeds(paths):
+    groups = groups_of([read_run(path) for path in paths[::2] + paths[1::2]])
+    assert [group.name for group in groups] == ["muon_short", "adamw_short"]
+    assert [[run.config["seed"] for run in group.runs] for group in groups] == [[1, 2], [1, 2]]
+
+
+def test_figures_are_mean_and_deviation_over_seeds(paths):
+    muon, adamw = group_figures(groups_of([read_run(path) for path in paths]))
+    assert (muon["runs"], adamw["runs"]) == ("2", "2")
+    assert muon["validation loss"] == f"3.1000 ± {0.2 / math.sqrt(2):.4f}"
+    assert adamw["validation loss"] == f"3.6000 ± {0.4 / math.sqrt(2):.4f}"
+    # Validated at steps 20, 40, 60, at 3 + offset + 5 exp(-step / 10), at the end without the last term
+    at = {step: 5 * math.exp(-step / 10) for step in (20, 40)}
+    reached = [(20 + 20 * (at[20] + offset - 0.6) / (at[20] - at[40])) * 2048 for offset in OFFSETS["muon"]]
+    deviation = abs(reached[0] - reached[1]) / math.sqrt(2)
+    assert muon["tokens to 3.6000"] == f"{sum(reached) / 2:,.0f} ± {deviation:,.0f}"
+    assert "tokens to 3.6000" not in adamw  # one of its seeds doesn't get there
+    closing = sum(4 / step for step in range(55, 61)) / 6
+    assert muon["max violation, last tenth"] == f"{closing:.3f} ± 0.000"
+    assert adamw["recall at 32"] == f"0.960 ± {0.04 / math.sqrt(2):.3f}" and muon["recall at 64"] == "0.600 ± 0.000"
+    assert "recall at 128" not in muon
+
+
+def test_where_a_curve_comes_down_to_a_level():
+    curve = (np.array([10.0, 20.0, 30.0]), np.array([5.0, 3.0, 4.0]))
+    levels = {6.0: 10.0, 5.0: 10.0, 4.0: 15.0, 3.0: 20.0, 2.0: None}
+    assert {level: first_below(curve, level) for level in levels} == levels
+
+
+def test_the_page_has_a_row_a_group(paths, tmp_path):
+    text = compare(paths, tmp_path).read_text()
+    head, *rows = cells(text, "groups")
+    assert [row[:3] for row in rows] == [
+        ["muon_short", "2", "3.1000 ± 0.1414"],
+        ["adamw_short", "2", "3.6000 ± 0.2828"],
+    ]
+    assert rows[1][head.index("tokens to 3.6000")] == "-"
+    assert {"validation_of_seeds.png", "recall.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert re.search("deviation over runs that differ in their seed only", text)
+
+
+def test_pictures_show_means_and_all_between(paths):
+    runs = [read_run(path) for path in paths]
+    (axes,) = GROUP_PICTURES["recall"].draw(runs).axes
+    np.testing.assert_allclose([line.get_ydata() for line in axes.lines[:2]], [[0.91, 0.6], [0.96, 0.6]])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["muon_short", "adamw_short", "a guess"]
+    assert axes.lines[2].get_ydata()[0] == 1 / runs[0].config["evaluation"]["recall_values"]
+    band = axes.collections[1].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.6, 0.98))
+    (axes,) = GROUP_PICTURES["violation_of_seeds"].draw(runs).axes
+    assert len(axes.lines) == 2 and axes.lines[0].get_xdata()[-1] == 60 * 2048
+    (axes,) = GROUP_PICTURES["mixing_gain"].draw(runs[:1]).axes
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [101, 201, 301], rtol=1e-6)  # forward, of the last layer
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), [100] * 3)  # backward, of the first
+
+
+def test_seeds_are_drawn_together_only_where_there_are_several(paths):
+    runs = [read_run(path) for path in paths[::2]]
+    assert GROUP_PICTURES["validation_of_seeds"].draw(runs) is None
+    assert GROUP_PICTURES["recall"].draw(runs) is not None

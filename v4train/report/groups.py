@@ -1,0 +1,108 @@
+"""Runs that differ in their seed only, taken together: means and spread of a comparison."""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from v4train.report.differences import NAMES, leaves
+from v4train.report.runs import Curve, Run
+
+SEEDS = ("seed", "model.init.seed")
+LAST_SHARE = 0.1  # of a run, over which its closing `max_violation` is averaged
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration. name: of the first run, without its seed."""
+
+    name: str
+    runs: list[Run]
+
+    def course(self, key: str, by: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
+        """Where all runs have a value of this key: x [n], values [runs, n]."""
+        curves = [run.curve(key, by) for run in self.runs]
+        shared = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves)))
+        return np.array(shared), np.array([y[np.isin(x, shared)] for x, y in curves]).reshape(len(curves), -1)
+
+    @cached_property
+    def final_losses(self) -> np.ndarray:
+        """Last validation loss of each run that has one."""
+        return np.array([run.validations[-1]["val_loss"] for run in self.runs if run.validations])
+
+    def tokens_to(self, loss: float) -> np.ndarray:
+        """Tokens until the validation loss of each run that gets there is `loss`."""
+        return np.array(
+            [t for run in self.runs if (t := first_below(run.curve("val_loss", "tokens"), loss)) is not None]
+        )
+
+    @cached_property
+    def recall(self) -> dict[int, np.ndarray]:
+        """Accuracy of the last evaluation by distance, of each run that has one."""
+        found: dict[int, list[float]] = defaultdict(list)
+        for run in self.runs:
+            for distance, accuracy in run.recall.items():
+                found[distance].append(accuracy)
+        return {distance: np.array(found[distance]) for distance in sorted(found)}
+
+    @cached_property
+    def closing_violations(self) -> np.ndarray:
+        """`max_violation` of each run that has routers, averaged over the last tenth."""
+        return np.array([of for run in self.runs if (of := closing_violation(run)) is not None])
+
+
+def groups_of(runs: list[Run]) -> list[Group]:
+    """The runs by their configuration but for names and seeds, in the order of each one's first."""
+    found: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        own = leaves(run.config)
+        found[repr({key: value for key, value in own.items() if key not in (*NAMES, *SEEDS)})].append(run)
+    return [Group(re.sub(r"[_,-]?seed=?\d+", "", of[0].name) or of[0].name, of) for of in found.values()]
+
+
+def first_below(curve: Curve, level: float) -> float | None:
+    """Where a curve first comes down to the level, on a line between its points; None where it doesn't."""
+    x, y = curve
+    below = np.flatnonzero(y <= level)
+    if not below.size:
+        return None
+    i = int(below[0])
+    if i == 0:
+        return float(x[0])
+    return float(x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - level) / (y[i - 1] - y[i]))
+
+
+def closing_violation(run: Run) -> float | None:
+    steps, values = run.curve("max_violation")
+    if not len(steps) or not values.any():
+        return None
+    return float(values[steps > (1 - LAST_SHARE) * steps[-1]].mean())
+
+
+def group_figures(groups: list[Group]) -> list[dict[str, str]]:
+    """Of each group in words by name: mean and, of several runs, standard deviation over their seeds.
+
+    The loss that tokens are counted up to is the mean final one of the group that ends highest: all others get there.
+    """
+    losses = [group.final_losses.mean() for group in groups if len(group.final_losses)]
+    level = max(losses, default=None)
+    return [dict(_figures(group, level)) for group in groups]
+
+
+def _figures(group: Group, level: float | None):
+    yield "runs", str(len(group.runs))
+    if len(group.final_losses):
+        yield "validation loss", in_words(group.final_losses, "{:.4f}")
+    if level is not None and len(group.runs) == len(tokens := group.tokens_to(level)):
+        yield f"tokens to {level:.4f}", in_words(tokens, "{:,.0f}")
+    if len(group.closing_violations):
+        yield "max violation, last tenth", in_words(group.closing_violations, "{:.3f}")
+    for distance, accuracies in group.recall.items():
+        yield f"recall at {distance}", in_words(accuracies, "{:.3f}")
+
+
+def in_words(values: np.ndarray, form: str) -> str:
+    text = form.format(values.mean())
+    return text if len(values) < 2 else f"{text} ± {form.format(values.std(ddof=1))}"
