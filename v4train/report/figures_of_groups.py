@@ -39,6 +39,7 @@ def draw_recall(runs: list[Run]) -> Figure | None:
 
 def draw_together(runs: list[Run], keys: tuple[str, ...], label: str, log: bool = False) -> Figure | None:
     """Keys by tokens, the second one dashed; only where some runs differ in their seed alone."""
+    runs = [run for run in runs if run.steps]
     groups = groups_of(runs)
     if len(groups) == len(runs):
         return None
@@ -57,7 +58,7 @@ def draw_together(runs: list[Run], keys: tuple[str, ...], label: str, log: bool 
 def draw_gain(runs: list[Run]) -> Figure | None:
     """Of all sites together, by step: forward of the last layer, dashed backward of the first."""
     figure, axes = new_figure()
-    for color, name, group in _named(groups_of(runs)):
+    for color, name, group in _named(groups_of([run for run in runs if run.steps])):
         for way, style in (("forward", "-"), ("backward", "--")):
             curves = [dict(gains_of(run, f"gain_{way}")) for run in group.runs]
             steps = sorted(set.intersection(*map(set, curves)))

@@ -22,9 +22,9 @@ class Group:
     runs: list[Run]
 
     def course(self, key: str, by: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
-        """Where all runs have a value of this key: x [n], values [runs, n]."""
-        curves = [run.curve(key, by) for run in self.runs]
-        shared = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves)))
+        """Where all runs that have this key at all have a value: x [n], values [runs, n]."""
+        curves = [curve for run in self.runs if len((curve := run.curve(key, by))[0])]
+        shared = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves))) if curves else []
         return np.array(shared), np.array([y[np.isin(x, shared)] for x, y in curves]).reshape(len(curves), -1)
 
     @cached_property
