@@ -76,7 +76,7 @@ def _leave_to_phases(config: DictConfig, overrides: list[str]) -> None:
 
 
 def without_phases(value: Any, *, _root_: DictConfig) -> Any:
-    """`value` in a run without phases, None with them: the default of a limit, which any value given takes the place of."""
+    """`value` in a run without phases, None with them: a default, which whatever is set explicitly replaces."""
     return value if OmegaConf.select(_root_, "schedule.phases") is None else None
 
 
