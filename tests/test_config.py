@@ -1,5 +1,6 @@
 """Bad input ends in one line that names the key; good input in typed settings."""
 
+import re
 from itertools import product
 
 import pytest
@@ -163,6 +164,30 @@ def test_a_value_by_the_name_of_another():
     assert config.value == [2, {"a": 3}]
     with pytest.raises(ConfigError, match="^model.num_layers=.*nothing for x, only for muon, adamw"):
         load([f"model.num_layers='${{by:x,{table}}}'"])
+
+
+COMMANDS = {  # in the head of the file: sizes of the layout
+    "schedule/v4_flash": "pipeline 4, data 8, context 16, tensor 1, expert 8",
+    "schedule/v4_pro": "pipeline 8, data 2, context 32, tensor 1, expert 64",
+    "parallelism/flash": "pipeline 4, data 8, context 1, tensor 1, expert 8",
+    "parallelism/pro": "pipeline 8, data 64, context 1, tensor 1, expert 64",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_in_the_head_of_a_file_for_a_cluster_is_accepted(name, monkeypatch):
+    text = (config_dir() / f"{name}.yaml").read_text().replace("\\\n#", "")
+    srun, _, overrides = re.search(r"^#   srun (.*)$", text, re.MULTILINE)[1].partition("launch/pretrain.py ")
+    ranks = re.search(r"--ntasks=(\d+)", srun)[1]
+    monkeypatch.setenv("RANK", str(int(ranks) - 1))
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert name.replace("/", "=") in overrides.split()
+    made = settings(load(overrides.split()))
+    assert str(made.topology.sizes) == COMMANDS[name]
+    for step in range(0, made.plan.total_steps, 1000):  # a pipeline at work, not one that waits most of the time
+        stage = made.plan.at(step)
+        micro_batches = stage.global_batch_size // (made.micro_batch(stage) * made.topology.sizes.data)
+        assert micro_batches >= made.topology.sizes.pipeline, stage
 
 
 def test_the_default_run_name_comes_from_model_and_overrides():

@@ -9,6 +9,7 @@ import importlib.resources
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -52,7 +53,7 @@ def complete(config: DictConfig, overrides: list[str]) -> None:
     """Fill in what depends on the command line: the run's default name, and of `train` what phases decide.
 
     Raises:
-        ConfigError: phases that can't be read, or a key of `train` on the command line that they decide.
+        ConfigError: phases that can't be read, or a key of `train` that they decide, given beside them.
     """
     if config.schedule.phases is not None:
         _leave_to_phases(config, overrides)
@@ -61,20 +62,22 @@ def complete(config: DictConfig, overrides: list[str]) -> None:
 
 
 def _leave_to_phases(config: DictConfig, overrides: list[str]) -> None:
-    """`train` says what the last phase ends with. The default of its max_steps, which neither the command line nor an
-    experiment has changed, is for runs without phases."""
+    """`train` says what the last phase ends with. What the command line or an experiment says instead is refused."""
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    shipped = OmegaConf.load(config_dir() / "pretrain.yaml").train
     for key in PHASES_DECIDE:
-        if f"train.{key}" in given:
+        if f"train.{key}" in given or config.train[key] != shipped[key]:
             rule = "the phases of this schedule set it"
-            remedy = f"change schedule.phases.<number>.{key}, or use schedule=cosine, which has no phases"
+            remedy = f"leave it out and change schedule.phases.<number>.{key}, or use schedule=cosine, without phases"
             raise ConfigError(f"train.{key}", config.train[key], rule, remedy)
     last = read_phases(OmegaConf.to_container(config.schedule.phases, resolve=True))[-1]
     config.train.sequence_length, config.train.attention_mode = last.sequence_length, last.attention_mode
     config.train.global_batch_size = last.batches[-1][0]
-    default = OmegaConf.load(config_dir() / "pretrain.yaml").train.max_steps
-    if "train.max_steps" not in given and config.train.max_steps == default:
-        config.train.max_steps = None
+
+
+def without_phases(value: Any, *, _root_: DictConfig) -> Any:
+    """`value` in a run without phases, None with them: a default, which whatever is set explicitly replaces."""
+    return value if OmegaConf.select(_root_, "schedule.phases") is None else None
 
 
 def default_run_name(model: str, overrides: list[str]) -> str:
@@ -104,8 +107,12 @@ def by(name: str, table: dict) -> object:
     return OmegaConf.create(value) if isinstance(value, list | dict) else value
 
 
-OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)  # hydra.sweep.dir in conf/pretrain.yaml
 OmegaConf.register_new_resolver("by", by, replace=True)  # ${by:${model.name},{a: 1, b: 2}}
+
+
+# Of conf/pretrain.yaml: hydra.sweep.dir and train.max_steps
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
+OmegaConf.register_new_resolver("without_phases", without_phases, replace=True)
 
 
 def explain(error: Exception, program: str = "pretrain") -> ConfigError:

@@ -226,6 +226,74 @@ def test_forward_that_pytorch_counts(mix, length):
     assert counted(lambda: model(tokens)) == pytest.approx(expected, rel=1e-12)
 
 
+NARROW = EXACT | {"attention__indexer__top_k": 2, "attention__dsa__top_k": 3}
+INDEXED_MIXES = ["csa swa hca", "dsa mla", "mla csa gqa dsa hca mqa"]
+
+
+@pytest.mark.parametrize("mix", INDEXED_MIXES)
+@pytest.mark.parametrize("length", [2, 37])
+def test_dense_forward_that_pytorch_counts(mix, length):
+    """Attends to more than the indexers would select, and runs none of them."""
+    config = model_config(tiny_config(mix, **NARROW))
+    model, tokens = countable(config), random_tokens(2, length)
+    model.attention_mode = "dense"
+    expected = 2 * length * training_flops_per_token(config, length, "dense") / 3 + unparametrised(config, 2 * length)
+    assert counted(lambda: model(tokens)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("mix", INDEXED_MIXES)
+@pytest.mark.parametrize("length", [8, 37])
+def test_a_step_of_the_indexers_alone_that_pytorch_counts(mix, length):
+    """Forward of all, backward of the indexers."""
+    config = model_config(tiny_config(mix, **NARROW))
+    model, tokens = random_model(config).double().train(), random_tokens(2, length)
+    model.attention_mode = "indexer_warmup"
+    expected = 2 * length * training_flops_per_token(config, length, "indexer_warmup")
+    expected += unparametrised(config, 2 * length)
+    # No gradient goes into the detached inputs of the indexers' matrices
+    own = [p for n, p in model.named_parameters() if "indexer" in n and p.dim() > 1 and not n.endswith("bias")]
+    expected -= 2 * length * 2 * sum(p.numel() for p in own)
+    # The teacher computes the entries' logits a second time
+    for layer in config.layers:
+        if layer.kind in ("csa", "dsa"):
+            options = layer.options
+            width = options.head_dim if layer.kind == "csa" else options.nope_dim + options.rope_dim
+            entries = sum(seen(config, layer, token)[1] for token in range(length))
+            expected += 2 * 2 * options.num_heads * width * entries
+    assert counted(lambda: model(tokens, None, tokens).loss.backward()) == pytest.approx(expected, rel=1e-12)
+
+
+@every_model
+@pytest.mark.parametrize("length", [7, 75])
+def test_modes_token_by_token(name, length):
+    """Trunk and indexers apart, by shape and by token; where nothing is indexed, dense and sparse are one."""
+    config = config_of(name)
+    named = dict(build_model(config).named_parameters())
+    trunk = index = 0
+    for parameter_name, parameter in named.items():
+        size = parameter.numel() * uses(parameter_name, config) if parameter.dim() > 1 else 0
+        if "indexer" in parameter_name:
+            index += 2 * size * length
+        else:
+            trunk += 2 * size * length
+    for layer in all_layers(config):
+        per_attended, per_scored = pair_flops(config, layer, absorbed=False)
+        if layer.kind == "dsa":  # not absorbed where it doesn't select
+            options = layer.options
+            per_attended = options.num_heads * (options.nope_dim + options.rope_dim + options.value_dim)
+        for token in range(length):
+            attended, scored = seen(config, layer, token)
+            if layer.kind == "csa":
+                attended = min(token + 1, layer.options.window) + scored
+            if layer.kind == "dsa":
+                attended = scored
+            trunk += 2 * per_attended * attended
+            index += 2 * per_scored * scored
+    assert training_flops_per_token(config, length, "dense") == pytest.approx(3 * trunk / length, rel=1e-12)
+    warmup = training_flops_per_token(config, length, "indexer_warmup")
+    assert warmup == pytest.approx((trunk + 3 * index) / length, rel=1e-12)
+
+
 @pytest.mark.parametrize("mix", EXACT_MIXES)
 @pytest.mark.parametrize("context", [1, 8, 37])
 def test_decoding_that_pytorch_counts(mix, context):

@@ -21,11 +21,13 @@ def rows(batch_size=2, max_tokens=0, world=1, length=10, padding=False):
         list(validation_batches(DOCUMENTS, length, batch_size, max_tokens, r, world, PAD)) for r in range(world)
     ]
     assert len({len(batches) for batches in per_rank}) == 1
+    shape = per_rank[0][0].input_ids.shape
+    assert shape[0] <= batch_size and shape[1] == length
     found = []
     for batches in zip(*per_rank, strict=True):
-        for row in range(batch_size):
+        for row in range(shape[0]):
             for batch in batches:
-                assert batch.input_ids.shape == batch.document_ids.shape == batch.targets.shape == (batch_size, length)
+                assert batch.input_ids.shape == batch.document_ids.shape == batch.targets.shape == shape
                 found.append(torch.stack([batch.input_ids[row], batch.document_ids[row], batch.targets[row]]).tolist())
     return found if padding else [row for row in found if set(row[1]) != {-1}]
 
@@ -53,11 +55,21 @@ def test_a_target_is_the_next_token_of_its_document():
 
 
 def test_what_is_padded_counts_nowhere():
-    found = rows(4, 0, 2, padding=True)
-    assert len(found) == 16 and [field.tolist() for field in padding_row(10, PAD)] == found[-1]
+    found = rows(4, 0, 2, padding=True)  # 10 rows: 5 a rank, in two batches of 3
+    assert len(found) == 12 and [field.tolist() for field in padding_row(10, PAD)] == found[-1]
     for inputs, documents, targets in found:
         for token, document, target in zip(inputs, documents, targets, strict=True):
             assert document != -1 or (token == PAD and target == IGNORED)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "batch_size", "world", "batches", "size"),
+    [(1, 8, 1, 1, 1), (1, 8, 4, 1, 1), (40, 8, 2, 1, 2), (0, 8, 1, 2, 5), (0, 4, 1, 3, 4), (0, 5, 2, 1, 5)],
+)
+def test_few_rows_make_small_batches(max_tokens, batch_size, world, batches, size):
+    """No padding row where fewer rows would have done."""
+    made = list(validation_batches(DOCUMENTS, 10, batch_size, max_tokens, 0, world, PAD))
+    assert [len(batch.input_ids) for batch in made] == [size] * batches
 
 
 def test_max_tokens_takes_the_first_rows_of_all_documents():

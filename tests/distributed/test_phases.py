@@ -12,6 +12,7 @@ from tests.distributed.test_attention_modes import changed
 from tests.faults.lives import Life
 from tests.phases import ENDS, PHASES, STEPS, in_phases
 from tests.runs import checkpoint_digests, losses, tiny
+from v4train.analysis.flops import training_flops_per_token
 from v4train.config import load, settings
 from v4train.errors import ConfigError
 from v4train.train import checkpoint
@@ -114,6 +115,15 @@ def test_the_log_tells_the_phase_of_each_step(base, reference):
             first += 1
     assert [record["global_batch_size"] for record in logged] == [4] * 2 + [8] * 3 + [4] * 7
     assert [record["tokens"] for record in logged][:3] == [192, 384, 768]
+
+
+def test_mfu_counts_what_the_phase_computes(base, reference):
+    model = settings(load(in_phases(tiny(base, "other")))).model
+    per_token = [record["mfu"] / record["tokens_per_second"] for record in records(base, reference)]
+    flops = [training_flops_per_token(model, of["sequence_length"], of["attention_mode"]) for of in PHASES]
+    expected = [flops[record["phase"]] / flops[0] for record in records(base, reference)]
+    assert [value / per_token[0] for value in per_token] == pytest.approx(expected, rel=1e-9)
+    assert flops[1] < 0.5 * flops[2]
 
 
 def test_losses_have_the_weights_of_their_phase(base, reference):

@@ -1,5 +1,6 @@
 """The plan of a run against a step-by-step simulation, closed forms, and the published numbers (V4 report 4.2.2)."""
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -73,12 +74,19 @@ def test_weights_are_the_phases_or_the_models():
 
 
 def test_the_mtp_weight_falls_with_the_first_step_of_the_decay():
+    without = [*PHASES[:2], replace(PHASES[2], mtp_weight=None)]
     for decay_fraction, steps in ((0.25, 18), (0.01, 1)):  # of 80 tokens, of 5660
-        plan = Plan(PHASES, schedule(mtp_weight_in_decay=0.1, decay_fraction=decay_fraction), WEIGHTS)
+        plan = Plan(without, schedule(mtp_weight_in_decay=0.1, decay_fraction=decay_fraction), WEIGHTS)
         weights = [plan.at(step).mtp_weight for step in range(plan.total_steps)]
-        assert weights == [0.3] * 45 + [0.2] * (26 - steps) + [0.1] * steps
+        assert weights == [0.3] * (71 - steps) + [0.1] * steps
         rates = [plan.at(step).learning_rate for step in range(45, plan.total_steps)]
         assert [rate < 1 for rate in rates] == [False] * (26 - steps) + [True] * steps
+
+
+def test_a_phases_own_mtp_weight_holds_in_the_decay():
+    plan = Plan(PHASES, schedule(mtp_weight_in_decay=0.1, decay_fraction=0.6), WEIGHTS)  # from the end of dense on
+    weights = [plan.at(step).mtp_weight for step in range(plan.total_steps)]
+    assert weights == [0.3] * 32 + [0.1] * 13 + [0.2] * 26
 
 
 DECAY = {
@@ -242,6 +250,30 @@ def test_a_run_that_does_not_fit_its_phases_is_refused(overrides, message, monke
         load(overrides)
 
 
+def experiment(folder, **train) -> list[str]:
+    """Overrides that choose an experiment with phases and these values of `train`."""
+    (folder / "experiment").mkdir()
+    values = json.dumps({"defaults": [{"override /schedule": "v4_small"}], "train": train})
+    (folder / "experiment" / "own.yaml").write_text(f"# @package _global_\n{values}\n")
+    return [f"hydra.searchpath=[file://{folder}]", "+experiment=own"]
+
+
+@pytest.mark.parametrize(
+    "given", [{"sequence_length": 256}, {"global_batch_size": 8}, {"attention_mode": "dense"}], ids=str
+)
+def test_what_phases_decide_is_refused_of_an_experiment_too(given, tmp_path):
+    ((key, value),) = given.items()
+    with pytest.raises(ConfigError, match=f"train.{key}={value}: the phases"):
+        load(experiment(tmp_path, **given))
+
+
+@pytest.mark.parametrize("steps", [100, 140])  # 140 is also what a run without phases has
+def test_an_experiments_limit_cuts_the_phases_short(steps, tmp_path):
+    assert settings(load([SMALL])).plan.total_steps == 152
+    assert settings(load(experiment(tmp_path, max_steps=steps))).plan.total_steps == steps
+    assert settings(load([SMALL, f"train.max_steps={steps}"])).plan.total_steps == steps
+
+
 def test_phases_decide_and_limits_cut():
     config = load([SMALL])
     assert (config.train.max_steps, config.train.sequence_length, config.train.global_batch_size) == (None, 512, 4)
@@ -284,3 +316,4 @@ def test_the_published_schedules(name):
     weights = {plan.at(step).mtp_weight for step in (0, 100_000)}, plan.last.mtp_weight
     assert weights == ({0.3}, 0.1)
     assert (plan.at(0).balance_weight, plan.at(0).bias_update_speed) == (1e-4, 1e-3)
+    assert [of.micro_batch_size * of.sequence_length for of in plan.phases] == [2**16] * 4 + [2**20]

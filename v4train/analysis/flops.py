@@ -2,9 +2,15 @@
 
 Counted: every matrix product that a token passes, and the attention over what it sees. Not counted: elementwise work,
 softmax, Sinkhorn, and what an implementation computes only to mask it.
+
+The words of `mode` are those of `train.attention_mode`. `dense` attends to all that is visible and runs no indexer;
+`indexer_warmup` does so too, forward only, while the indexers run forward and backward.
 """
 
 from v4train.model.config import AttentionConfig, IndexerConfig, LayerAttention, MLAConfig, ModelConfig
+
+# Forward, and twice that backward: of all but the lightning indexers, and of these
+PASSES = {"sparse": (3, 3), "dense": (3, 0), "indexer_warmup": (1, 3)}
 
 
 def active_matrix_parameters(config: ModelConfig) -> int:
@@ -12,15 +18,21 @@ def active_matrix_parameters(config: ModelConfig) -> int:
     return sum(_part_matrices(config))
 
 
-def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+def training_flops_per_token(config: ModelConfig, sequence_length: int, mode: str = "sparse") -> float:
     """FLOPs of forward and backward per trained token, at the mean visibility of one document a sequence."""
-    return 3 * (2 * active_matrix_parameters(config) + sum(_part_cores(config, sequence_length)))
+    return sum(part_flops(config, sequence_length, mode))
 
 
-def part_flops(config: ModelConfig, sequence_length: int) -> list[float]:
+def part_flops(config: ModelConfig, sequence_length: int, mode: str = "sparse") -> list[float]:
     """`training_flops_per_token` of each of `Transformer.parts`: embedding, blocks, head, MTP."""
-    cores = _part_cores(config, sequence_length)
-    return [3 * (2 * matrices + core) for matrices, core in zip(_part_matrices(config), cores, strict=True)]
+    of_trunk, of_indexers = PASSES[mode]
+    parts = zip(
+        _part_matrices(config),
+        _part_cores(config, sequence_length, mode),
+        _part_indexers(config, sequence_length),
+        strict=True,
+    )
+    return [of_trunk * (2 * matrices + core - index) + of_indexers * index for matrices, core, index in parts]
 
 
 def attention_flops(config: ModelConfig, sequence_length: int) -> list[float]:
@@ -39,15 +51,25 @@ def _part_matrices(config: ModelConfig) -> list[int]:
     return [0, *blocks, head, *[mtp] * config.mtp.num_layers]
 
 
-def _part_cores(config: ModelConfig, sequence_length: int) -> list[float]:
-    """Forward FLOPs per token of the attention over what is seen."""
+def _part_cores(config: ModelConfig, sequence_length: int, mode: str = "sparse") -> list[float]:
+    """Forward FLOPs per token of the attention over what is seen, and of the indexers' scores."""
 
     def core(layer: LayerAttention) -> float:
-        attended, scored = visible_pairs(config, layer, sequence_length)
-        per_attended, per_scored = _pair_flops(config, layer)
+        attended, scored = visible_pairs(config, layer, sequence_length, mode)
+        per_attended, per_scored = _pair_flops(config, layer, absorbed=layer.kind == "dsa" and mode == "sparse")
         return per_attended * (attended / sequence_length) + per_scored * (scored / sequence_length)
 
     return [0.0, *map(core, config.layers), 0.0, *[core(config.mtp_layer)] * config.mtp.num_layers]
+
+
+def _part_indexers(config: ModelConfig, sequence_length: int) -> list[float]:
+    """What the lightning indexers have of `_part_matrices`, in FLOPs, and of `_part_cores`."""
+
+    def index(layer: LayerAttention) -> float:
+        scored, per_scored = visible_pairs(config, layer, sequence_length)[1], _pair_flops(config, layer)[1]
+        return 2 * indexer_matrices(config, layer) + per_scored * (scored / sequence_length)
+
+    return [0.0, *map(index, config.layers), 0.0, *[index(config.mtp_layer)] * config.mtp.num_layers]
 
 
 def decode_flops(config: ModelConfig, layer: LayerAttention, context: int) -> dict[str, int]:
@@ -71,27 +93,34 @@ def attention_matrices(config: ModelConfig, layer: LayerAttention) -> int:
     hidden, options = config.hidden_size, layer.options
     if layer.kind in ("mha", "mqa", "gqa"):
         return 2 * hidden * options.head_dim * (options.num_heads + layer.num_kv_heads)
-    if layer.kind == "mla":
-        return _mla(hidden, options)
+    if layer.kind in ("mla", "dsa"):
+        return _mla(hidden, options) + indexer_matrices(config, layer)
+    size = _shared_kv(hidden, options) + indexer_matrices(config, layer)
+    # Kv and gate, in csa for the block and the next one
+    return size + {"csa": 4, "hca": 2}.get(layer.kind, 0) * hidden * options.head_dim
+
+
+def indexer_matrices(config: ModelConfig, layer: LayerAttention) -> int:
+    """Those of `attention_matrices` that are its lightning indexer's."""
+    hidden, options = config.hidden_size, layer.options
     if layer.kind == "dsa":
         indexer = config.attention.dsa
-        return _mla(hidden, options) + _index_queries(hidden, options.q_lora_rank, indexer) + hidden * indexer.head_dim
-    size = _shared_kv(hidden, options)
-    if layer.kind == "csa":  # kv and gate, for the block and the next one, of entries and index keys
-        size += 4 * hidden * (options.head_dim + options.indexer.head_dim)
-        size += _index_queries(hidden, options.q_lora_rank, options.indexer)
-    return size + 2 * hidden * options.head_dim if layer.kind == "hca" else size
+        return _index_queries(hidden, options.q_lora_rank, indexer) + hidden * indexer.head_dim
+    if layer.kind == "csa":  # index keys have kv and gate as the entries have
+        indexer = options.indexer
+        return _index_queries(hidden, options.q_lora_rank, indexer) + 4 * hidden * indexer.head_dim
+    return 0
 
 
-def visible_pairs(config: ModelConfig, layer: LayerAttention, length: int) -> tuple[int, int]:
+def visible_pairs(config: ModelConfig, layer: LayerAttention, length: int, mode: str = "sparse") -> tuple[int, int]:
     """What the tokens of one document of `length` tokens see, summed over them.
 
     Returns:
-        (tokens and entries attended to, those that the lightning indexer scores).
+        (tokens and entries attended to, those that the lightning indexer scores where it runs).
     """
     kind, options = layer.kind, layer.options
     if kind == "dsa":
-        return _pairs(length, limit=config.attention.dsa.top_k), _pairs(length)
+        return _pairs(length, limit=config.attention.dsa.top_k if mode == "sparse" else None), _pairs(length)
     if kind in ("mha", "mqa", "gqa", "mla"):
         if options.window is None:
             return _pairs(length), 0
@@ -103,7 +132,7 @@ def visible_pairs(config: ModelConfig, layer: LayerAttention, length: int) -> tu
     window = _pairs(length, limit=options.window)
     if kind == "csa":
         ratio = options.csa_compression
-        selected = _pairs(length, ratio - 1, ratio, options.indexer.top_k)
+        selected = _pairs(length, ratio - 1, ratio, options.indexer.top_k if mode == "sparse" else None)
         return window + selected, _pairs(length, ratio - 1, ratio)
     if kind == "hca":
         ratio = options.hca_compression
@@ -122,11 +151,14 @@ def _pairs(length: int, first: int = 0, step: int = 1, limit: int | None = None)
 
 
 def _pair_flops(config: ModelConfig, layer: LayerAttention, absorbed: bool = False) -> tuple[int, int]:
-    """Forward FLOPs of one attended pair (score and weighted sum, all heads) and of one that the indexer scores."""
+    """Forward FLOPs of one attended pair (score and weighted sum, all heads) and of one that the indexer scores.
+
+    absorbed: mla and dsa attend to latents, as in decoding, and as dsa does in training where it selects.
+    """
     options = layer.options
     if layer.kind not in ("mla", "dsa"):
         widths = 2 * options.head_dim
-    elif absorbed or layer.kind == "dsa":  # which trains so too
+    elif absorbed:
         widths = 2 * options.kv_lora_rank + options.rope_dim
     else:
         widths = options.nope_dim + options.rope_dim + options.value_dim

@@ -34,7 +34,7 @@ def validation_batches(
     data_world: int,
     pad_id: int,
 ) -> Iterator[Batch]:
-    """This rank's validation batches, [batch_size, S] each.
+    """This rank's validation batches, [R, S] each: R is at most `batch_size`, and as little as as few batches need.
 
     `max_tokens` tokens (0: all) of the held-out `documents`, end to end, in whole rows drawn in a fixed order; the last
     row of the documents is padded. Row i goes to rank i % data_world. Every rank gets the same number of batches of the
@@ -44,8 +44,10 @@ def validation_batches(
     order, sizes = permutation(documents.num_documents, _ORDER), np.diff(documents.offsets)
     packed = concatenate((Piece(int(i), 0, int(sizes[i])) for i in order), sequence_length)
     rows = num_validation_rows(documents, sequence_length, max_tokens)
+    of_rank = -(-rows // data_world)
+    batch_size = -(-of_rank // -(-of_rank // batch_size))
     chosen = permutation(len(packed), _ORDER)
-    for first in range(data_rank, -(-rows // data_world) * data_world, batch_size * data_world):
+    for first in range(data_rank, of_rank * data_world, batch_size * data_world):
         numbers = range(first, first + batch_size * data_world, data_world)
         yield stack_rows(
             build_row(packed[chosen[number]], documents, sequence_length, pad_id)

@@ -20,6 +20,7 @@ from v4train.estimation import read_work
 from v4train.model import build_model
 from v4train.parallel.layout import Layout
 from v4train.train.distributed import all_max, all_sum
+from v4train.train.phases import Stage
 from v4train.train.progress import setup_logging, start_table
 
 
@@ -32,35 +33,38 @@ def dry_run(settings: Settings) -> dict[str, float]:
     topology, train = settings.topology, settings.train
     setup_logging(None, topology.rank)
     given = read_work(OmegaConf.create(settings.resolved), settings.model, topology.world_size)
-    work = max(works(settings, given), key=lambda of: fullest(settings, of).total)
+    stage, work = max(works(settings, given), key=lambda of: fullest(settings, of[1]).total)
     with torch.device("meta"):
         model = build_model(settings.model)
     layout = Layout(model, topology, train.sequence_length)
     here = sum(model.get_parameter(name).numel() for name in layout.names)
-    figures = {"parameters_of_fullest_rank": all_max(float(here), topology.device), **planned(settings, work)}
+    figures = {"parameters_of_fullest_rank": all_max(float(here), topology.device), **planned(settings, stage, work)}
     tokenizer, corpus = load_data(settings.data, settings.tokenizer, train.validation_tokens)
-    stage = settings.plan.at(0)
-    sizes = (stage.global_batch_size, settings.micro_batch(stage), topology.index("data"), topology.sizes.data)
-    loader = Loader(corpus, settings.data, tokenizer, stage.sequence_length, BatchConfig(*sizes), settings.seed)
-    first = not any(topology.index(axis) for axis in ("tensor", "context", "pipeline"))  # of ranks with the same rows
+    first = settings.plan.at(0)
+    sizes = (first.global_batch_size, settings.micro_batch(first), topology.index("data"), topology.sizes.data)
+    loader = Loader(corpus, settings.data, tokenizer, first.sequence_length, BatchConfig(*sizes), settings.seed)
+    counts = not any(topology.index(axis) for axis in ("tensor", "context", "pipeline"))  # of ranks with the same rows
     try:
         own = batch_statistics(loader.next_step())
     finally:
         loader.close()
-    figures |= all_sum({name: count * first for name, count in own.items()}, topology.device)
+    figures |= all_sum({name: count * counts for name, count in own.items()}, topology.device)
     if topology.rank == 0:
         start_table(rows(settings, work, figures), f"v4train: {settings.run.name}, dry run")
     return figures
 
 
-def works(settings: Settings, given: Work) -> list[Work]:
-    """`given`, with the length and the batches of each phase."""
+def works(settings: Settings, given: Work) -> list[tuple[Stage, Work]]:
+    """Of each phase and batch size that the run gets to: its first step, and `given` with its length and batches."""
     found = []
     for stretch in settings.plan.stretches:
+        if stretch.first >= settings.plan.total_steps:
+            break
         stage = settings.plan.at(stretch.first)
         rows = settings.micro_batch(stage)
         accumulation = stage.global_batch_size // (rows * given.data)
-        found.append(replace(given, sequence_length=stage.sequence_length, rows=rows, accumulation=accumulation))
+        work = replace(given, sequence_length=stage.sequence_length, rows=rows, accumulation=accumulation)
+        found.append((stage, work))
     return found
 
 
@@ -69,14 +73,14 @@ def fullest(settings: Settings, work: Work) -> Memory:
     return max(stage_memory(settings.model, work), key=lambda of: of.total)
 
 
-def planned(settings: Settings, work: Work) -> dict[str, float]:
-    """By formula: GiB of the fullest rank by what it holds, what a rank sends, FLOPs, bubble."""
+def planned(settings: Settings, stage: Stage, work: Work) -> dict[str, float]:
+    """Of a step of `stage`, by formula: GiB of the fullest rank by what it holds, what a rank sends, FLOPs, bubble."""
     memory = fullest(settings, work)
     figures = {f"memory_gib/{name}": size / GIB for name, size in asdict(memory).items()}
     figures |= {"memory_gib": memory.total / GIB, "bubble": bubble_fraction(work)}
     figures["traffic_gib"] = sum(traffic_per_rank(settings.model, work).values()) / GIB
-    figures["flops_per_step"] = training_flops_per_token(settings.model, work.sequence_length) * work.step_tokens
-    return figures
+    per_token = training_flops_per_token(settings.model, stage.sequence_length, stage.attention_mode)
+    return figures | {"flops_per_step": per_token * stage.tokens}
 
 
 def batch_statistics(batches: list[Batch]) -> dict[str, float]:

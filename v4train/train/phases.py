@@ -133,9 +133,7 @@ class Plan:
         stretch = self._stretch(step)
         phase = self.phases[stretch.phase]
         over = decayed(self.tokens_before(step + 1), self._tokens, self.stretches[-1].step_tokens, self.schedule)
-        mtp = _given(phase.mtp_weight, self.weights.mtp)
-        if over > 0:
-            mtp = _given(self.schedule.mtp_weight_in_decay, mtp)
+        mtp = _given(self.schedule.mtp_weight_in_decay if over > 0 else None, self.weights.mtp)
         return Stage(
             index=stretch.phase,
             name=phase.name,
@@ -144,7 +142,7 @@ class Plan:
             micro_batch_size=phase.micro_batch_size,
             attention_mode=phase.attention_mode,
             learning_rate=self._learning_rate(step, stretch.phase, over),
-            mtp_weight=mtp,
+            mtp_weight=_given(phase.mtp_weight, mtp),
             balance_weight=_given(phase.balance_weight, self.weights.balance),
             bias_update_speed=_given(phase.bias_update_speed, self.weights.bias_speed),
         )

@@ -106,7 +106,7 @@ class Trainer:
         place = (self.topology.rank, self.topology.world_size)
         self.hang_watch = HangWatch(directory.stacks, *place, self.train.hang_timeout)
         self.peak_flops = peak_flops
-        self.flops_per_token = training_flops_per_token(settings.model, length)
+        self.flops_per_token = training_flops_per_token(settings.model, length, self.stage.attention_mode)
         self.recovery = Recovery(self)
         self._set_attention_mode(self.stage.attention_mode)
         self._set_weights(self.stage)
@@ -237,7 +237,9 @@ class Trainer:
             self.loader.set_batch(batch)
             self.loader.set_sequence_length(stage.sequence_length)
             self.engine.set_batch(batch.micro, self.accumulation)
-            self.flops_per_token = training_flops_per_token(self.settings.model, stage.sequence_length)
+        work = (stage.sequence_length, stage.attention_mode)
+        if work != (before.sequence_length, before.attention_mode):
+            self.flops_per_token = training_flops_per_token(self.settings.model, *work)
         if stage.attention_mode != before.attention_mode:
             self._set_attention_mode(stage.attention_mode)
         self._set_weights(stage)
