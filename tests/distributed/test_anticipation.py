@@ -27,10 +27,10 @@ ALWAYS = ["guard.anticipate=always", f"guard.anticipation_steps={AGE}"]
 ADAMW = ["optimizer=adamw", *FAST]
 MUON = ["optimizer=muon", "optimizer.learning_rate=3e-3", *FAST[2:]]
 ZERO3 = ["parallelism=zero3", SHARD_ALL, "train.micro_batch_size=1", "train.recompute=block"]
-LAYOUTS = [(2, {"zero3": ZERO3})]
-LAYOUTS += [
+ZERO = {"zero0": ["parallelism=zero0"], "zero2": ["parallelism=zero2"], "zero3": ZERO3}
+LAYOUTS = [
     pytest.param((ranks, {name: layout}), marks=pytest.mark.exhaustive)
-    for ranks, layouts in ((2, TWO | {"zero0": ["parallelism=zero0"], "zero2": ["parallelism=zero2"]}), (4, FOUR))
+    for ranks, layouts in ((2, TWO | ZERO), (4, FOUR))
     for name, layout in layouts.items()
 ]
 

@@ -82,7 +82,6 @@ LAYOUTS = {
     "pipeline": ["parallelism=pipeline", "parallelism.pipeline=2"],
     "expert": ["parallelism=expert", "parallelism.expert=2"],
 }
-SAMPLE = ("zero3",)
 
 
 def weights(folder: Path, step: int) -> dict:
@@ -106,9 +105,8 @@ def train(base: Path, ranks: int, name: str, overrides: list[str]) -> None:
     launch("tests.distributed.training_worker", ranks, arguments, folder, timeout=120)
 
 
-@pytest.mark.parametrize(
-    "layout", [x if x in SAMPLE else pytest.param(x, marks=pytest.mark.exhaustive) for x in LAYOUTS]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_figures_of_layers_are_those_of_the_checkpoints_in_every_layout(layout, reference):
     train(reference, 2, layout, LAYOUTS[layout])
     measured = {}

@@ -26,7 +26,7 @@ STOPS = (2, 4, 7, 10)  # in the ramp, behind it, in the warm-up, in the sparse p
 KEEP_ALL = ["checkpoint.every=1", f"checkpoint.keep={STEPS}"]
 LAYOUTS = [
     pytest.param((2, ["parallelism=zero1", "train.micro_batch_size=2"], STOPS), id="zero1"),
-    pytest.param((2, ["parallelism=pipeline"], (7,)), id="pipeline"),
+    pytest.param((2, ["parallelism=pipeline"], (7,)), id="pipeline", marks=ALL),
 ]
 LAYOUTS += [
     pytest.param((ranks, how.split(), STOPS), id=how, marks=ALL)

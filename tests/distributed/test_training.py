@@ -101,6 +101,7 @@ def test_stages_have_the_same_gradients_to_the_last_bit(layouts, name):
             assert runs[0] == (runs[1] if bitwise else pytest.approx(runs[1], abs=2e-6)), key
 
 
+@pytest.mark.exhaustive
 def test_recomputation_and_profiling_change_no_bit(tmp_path):
     """On 2 ranks, where ZeRO 3 frees and gathers parameters in the middle of the backward pass."""
     jobs = {}
