@@ -135,7 +135,9 @@ def test_the_default_run_name_comes_from_model_and_overrides():
         "train.profile=[2,3]",
         "checkpoint.every=7",
         "tracking.mode=disabled",
+        "guard.max_rollbacks=5",
     ]
+    assert load(["guard.anticipate=always"]).run.name == "flash_small_guard.anticipate=always"  # that trains otherwise
     assert load(how).run.name == "flash_small"
     assert load(["run.name=mine"]).run.dir == "runs/mine"
 

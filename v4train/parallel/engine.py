@@ -331,7 +331,7 @@ class Engine:
         return found
 
     def snapshot_bytes(self) -> int:
-        """Of a `snapshot`, once the optimizer has made its state; a little more where Muon's matrices straddle ranks."""
+        """Of a `snapshot`, once the optimizer has its state; a little more where Muon's matrices straddle ranks."""
         held: dict[int, int] = {}
         for name, (parameter, _) in self._parameters.items():
             holder = self._state.holder(parameter)

@@ -69,7 +69,7 @@ class Recovery:
         return (*_kind(stage), stage.global_batch_size, self.trainer.settings.micro_batch(stage))
 
     def _change_of_rows(self, step: int) -> int:
-        """The first step after `step` that the step's own kind of batch and model can't choose for, or the run's end."""
+        """The first step after `step` whose experts must be chosen anew by then, or the run's end."""
         plan = self.trainer.plan
         end = plan.next_change(step)
         while end < plan.total_steps and self._rows(plan.at(end)) == self._rows(plan.at(step)):
