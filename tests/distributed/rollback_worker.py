@@ -1,6 +1,6 @@
 """training_worker.py, where runs whose name begins with `spoilt` are spoilt on the way and go back.
 
-At some steps everything that a rank trains on is changed after the step, and the detector sees a spike there, once each.
+At some steps everything that a rank trains on is changed behind the step, and the detector sees a spike, once each.
 """
 
 import sys
