@@ -142,6 +142,12 @@ def test_the_default_run_name_comes_from_model_and_overrides():
     assert load(["run.name=mine"]).run.dir == "runs/mine"
 
 
+def test_a_spike_needs_a_checkpoint_to_go_back_to():
+    with pytest.raises(ConfigError, match=r"^guard.snapshot=disk.*checkpoint.every=0"):
+        load(["guard.snapshot=disk", "checkpoint.every=0"])
+    load(["guard.snapshot=auto", "checkpoint.every=0"])
+
+
 def test_long_names_are_cut_and_stay_distinct():
     names = {default_run_name("m", [f"train.sample_prompt={'x' * 300}{i}"]) for i in range(2)}
     assert len(names) == 2
