@@ -5,6 +5,7 @@ every time ends the run, in one line. The faults are made here, by patches in th
 """
 
 import contextlib
+import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -262,18 +263,18 @@ def test_one_poisoned_batch_leaves_a_mark_or_is_gone_back_from(tmp_path):
 
 def test_what_begins_with_the_last_step_of_a_phase_is_gone_back_from(tmp_path):
     """The next phase has another loss, which couldn't confirm it."""
-    sensitive = ["guard.window=3", "guard.min_history=2", "guard.snapshot_every=2", "guard.severe=1e9"]
+    sensitive = ["guard.window=3", "guard.min_history=2", "guard.snapshot_every=3", "guard.severe=1e9"]
     arguments = in_phases(tiny(tmp_path, "run", *FAST, *sensitive))
     log, fault = tmp_path / "log", partial(before_steps, range(5, 6), blown_up, 1)
     assert Life(arguments, log, fault).end() == 0, log.read_text()
-    assert events_of(tmp_path, "run") == [("went back", 5, 4)]
+    assert [event for event in events_of(tmp_path, "run") if event[0] == "went back"] == [("went back", 5, 3)]
 
 
 def test_experts_are_chosen_once_where_only_weights_of_losses_change(tmp_path):
     """A phase of the same steps with another weight, and the decay's; two steps ahead, up to the end."""
     tokens = PHASES[-1]["tokens"]
     phases = [PHASES[-1], PHASES[-1] | {"name": "other", "tokens": tokens, "mtp_weight": 0.1}]
-    listed = str(phases).replace("'", "").replace(": ", ":")
+    listed = json.dumps(phases).replace('"', "")
     arguments = [
         *(key for key in in_phases(tiny(tmp_path, "run", *FAST)) if not key.startswith("schedule.phases=")),
         *(f"schedule.phases={listed}", "guard.anticipate=always", "guard.anticipation_steps=2"),
