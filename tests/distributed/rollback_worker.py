@@ -56,14 +56,18 @@ def spoil(trainer: Any) -> None:
 
 def take_in_place(snapshots: Snapshots) -> None:
     """The copy that is dropped leaves its memory to the new one."""
-    dropped = _addresses(snapshots, 0) if len(snapshots.steps) == KEPT else set()
+    dropped = set(_tensors(snapshots, 0)) if len(snapshots.steps) == KEPT else set()
     take(snapshots)
-    assert dropped <= _addresses(snapshots, -1)
+    assert dropped <= set(_tensors(snapshots, -1))
+    if snapshots.trainer.step:  # the optimizer has its state
+        size = sum(tensor.nbytes for tensor in _tensors(snapshots, -1).values())
+        assert 0.5 < size / snapshots.trainer.engine.snapshot_bytes() < 1.5  # what is frozen has none
 
 
-def _addresses(snapshots: Snapshots, number: int) -> set[int]:
+def _tensors(snapshots: Snapshots, number: int) -> dict[int, torch.Tensor]:
+    """Of a copy, by address."""
     engine = snapshots._kept[number].engine
-    return {tensor.data_ptr() for weight, state in engine for tensor in (weight, *state.values())}
+    return {tensor.data_ptr(): tensor for weight, state in engine for tensor in (weight, *state.values())}
 
 
 if __name__ == "__main__":
