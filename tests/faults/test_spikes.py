@@ -116,6 +116,7 @@ FAULTS = {
     "a gradient": partial(before_steps, range(AT, AT + 1), gradient_not_finite, 1),
     "gradients": partial(before_steps, range(AT, AT + 3), gradient_not_finite, 1),
     "rows": partial(poisoned_rows, range(4 * (AT - 1), 4 * (AT + 1))),
+    "one batch": partial(poisoned_rows, range(4 * (AT - 1), 4 * AT)),
     "an expert": partial(before_steps, range(AT, AT + 1), blown_up, 1),
 }
 

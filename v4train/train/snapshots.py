@@ -75,9 +75,9 @@ class Snapshots:
         self._kept = [own for own in self._kept if own.step <= step]
         snapshot = self._kept[-1]
         trainer.step, trainer.validation = snapshot.step, dict(snapshot.validation)
-        # First, since another phase settles the detector and the choices, and moves the data's position to other lanes.
-        # And before the weights: freezing drops what a step that was left has staged in ZeRO for a frozen group, and
-        # what is put back is then seen by the model as that phase trains it.
+        # First, since another phase settles the detector, drops the choices and moves the data's position, all of which
+        # is put back below; and freezing drops what ZeRO 1-2 have staged for the groups that the phase leaves alone,
+        # which must not come upon their old state afterwards.
         trainer.enter(trainer.plan.at(snapshot.step))
         trainer.engine.roll_back(snapshot.engine)
         for name, buffer in trainer.own_buffers():
