@@ -56,6 +56,13 @@ def gradient_not_finite(trainer):
 
 
 @contextlib.contextmanager
+def blown_up_head(trainer):
+    with torch.no_grad():
+        trainer.model.head.lm_head.weight.mul_(FACTOR)
+    yield
+
+
+@contextlib.contextmanager
 def blown_up(trainer):
     with torch.no_grad():
         trainer.model.blocks[1].ffn.experts.down[EXPERT].mul_(FACTOR)
@@ -217,12 +224,16 @@ TWICE = [44, 60]  # the rows that steps 12 and 16 begin with
 
 @pytest.mark.parametrize("place", ["memory", pytest.param("disk", marks=pytest.mark.exhaustive)])
 def test_rows_that_were_passed_over_stay_so(tmp_path, place):
-    """Two places that are poisoned whenever they are read, of which the second leads to before the first."""
-    arguments = tiny(tmp_path, "run", *SHORT, "guard.max_skipped=1", f"guard.snapshot={place}", "checkpoint.every=5")
+    """Two places that are poisoned whenever they are read, of which the second leads to before the first.
+
+    Between them anticipatory routing ends.
+    """
+    options = [f"guard.snapshot={place}", "checkpoint.every=5", "guard.anticipation_after=2"]
+    arguments = tiny(tmp_path, "run", *SHORT, "guard.max_skipped=1", *options)
     log, poison = tmp_path / "log", partial(poisoned_gradients, TWICE)
     assert Life(arguments, log, poison).end() == 0, log.read_text()
-    back = [event for event in events_of(tmp_path, "run") if event[0] == "went back"]
-    assert back == [("went back", 12, 10), ("went back", 15, 5)]
+    events = [event for event in events_of(tmp_path, "run") if event[0] != "update skipped"]
+    assert events == [("went back", 12, 10), ("anticipation ended", 14, 14), ("went back", 15, 5)]
     assert losses(tmp_path, "run", "skipped") == [False] * 16
     manifest = checkpoint.read_manifest(checkpoint.newest(tmp_path / "run" / "checkpoints"))
     assert manifest["state"]["loader"]["gaps"] == [[44, 48], [60, 64]]
@@ -240,33 +251,35 @@ def test_the_same_command_goes_on_past_the_rows_that_ended_a_run(tmp_path):
 
 
 def test_where_copies_in_memory_are_used_up_a_checkpoint_is_taken(tmp_path):
-    """Step 12 fails three times; after a restart at step 10 that is the only copy."""
-    arguments = tiny(tmp_path, "run", *SHORT, "guard.max_skipped=1", "guard.skip_data=false", "checkpoint.every=5")
-    log = tmp_path / "log"
-    assert Life([*arguments, "train.stop_at_step=10"], log).end() == 0, log.read_text()
-    fault = partial(before_steps, range(12, 13), gradient_not_finite, 2)
+    """Of step 0, the only copy, which the first time leads to; the second time it leads no further."""
+    options = ["guard.skip_data=false", "guard.snapshot_every=99", "checkpoint.every=5", "checkpoint.keep=9"]
+    arguments = tiny(tmp_path, "run", *SHORT, "guard.max_skipped=1", *options)
+    log, fault = tmp_path / "log", partial(before_steps, range(12, 13), gradient_not_finite, 2)
     assert Life(arguments, log, fault).end() == 0, log.read_text()
     back = [event for event in events_of(tmp_path, "run") if event[0] == "went back"]
-    assert back == [("went back", 12, 10), ("went back", 12, 5)]
+    assert back == [("went back", 12, 0), ("went back", 12, 10)]
+    assert losses(tmp_path, "run", "skipped") == [False] * 16
 
 
-def test_one_poisoned_batch_leaves_a_mark_or_is_gone_back_from(tmp_path):
-    """guard.severe says which."""
-    sensitive = [*SHORT, "guard.window=8", "guard.loss_threshold=2", "guard.patience=9"]
-    for name, severe in (("mild", "1e9"), ("severe", "1")):
-        arguments = tiny(tmp_path, name, *sensitive, f"guard.severe={severe}")
-        life = Life(arguments, tmp_path / f"{name}.log", partial(poisoned_rows, range(4 * 11, 4 * 12)))
-        assert life.end() == 0, life.log.read_text()
-    assert events_of(tmp_path, "mild") == [("outlier", 12, 12)]
-    assert losses(tmp_path, "mild", "outliers") == [0] * 11 + [1] * 5
-    assert events_of(tmp_path, "severe") == [("went back", 12, 10)]
+LONE = [("1", [("went back", 12, 10)]), pytest.param("1e9", [("outlier", 12, 12)], marks=pytest.mark.exhaustive)]
+
+
+@pytest.mark.parametrize(("severe", "expected"), LONE)
+def test_one_poisoned_batch_is_gone_back_from_or_leaves_a_mark(tmp_path, severe, expected):
+    """Of a model that has hardly begun to learn, so that random tokens are little worse: the limits are narrow."""
+    sensitive = ["guard.window=8", "guard.loss_threshold=1", "guard.loss_margin=0.05", "guard.patience=9"]
+    arguments = tiny(tmp_path, "run", *SHORT, *sensitive, f"guard.severe={severe}")
+    life = Life(arguments, tmp_path / "log", partial(poisoned_rows, range(4 * 11, 4 * 12)))
+    assert life.end() == 0, life.log.read_text()
+    assert events_of(tmp_path, "run") == expected
+    assert losses(tmp_path, "run", "outliers") == ([0] * 10 + [1] * 6 if severe == "1" else [0] * 11 + [1] * 5)
 
 
 def test_what_begins_with_the_last_step_of_a_phase_is_gone_back_from(tmp_path):
     """The next phase has another loss, which couldn't confirm it."""
     sensitive = ["guard.window=3", "guard.min_history=2", "guard.snapshot_every=3", "guard.severe=1e9"]
     arguments = in_phases(tiny(tmp_path, "run", *FAST, *sensitive))
-    log, fault = tmp_path / "log", partial(before_steps, range(5, 6), blown_up, 1)
+    log, fault = tmp_path / "log", partial(before_steps, range(5, 6), blown_up_head, 1)
     assert Life(arguments, log, fault).end() == 0, log.read_text()
     assert [event for event in events_of(tmp_path, "run") if event[0] == "went back"] == [("went back", 5, 3)]
 
@@ -285,15 +298,6 @@ def test_experts_are_chosen_once_where_only_weights_of_losses_change(tmp_path):
     steps = 2 * tokens // 384
     expected = [(0 if step == 0 else min(2, steps - step), min(3, steps - step)) for step in range(steps)]
     assert [tuple(map(int, line.split())) for line in path.read_text().splitlines()] == expected
-
-
-def test_the_end_of_anticipatory_routing_is_an_event(tmp_path):
-    fault = partial(before_steps, range(12, 13), gradient_not_finite, 1)
-    arguments = tiny(tmp_path, "run", *SHORT, "guard.max_skipped=1", "guard.anticipation_after=2")
-    life = Life(arguments, tmp_path / "log", fault)
-    assert life.end() == 0, life.log.read_text()
-    assert events_of(tmp_path, "run")[-2:] == [("went back", 12, 10), ("anticipation ended", 14, 14)]
-    assert losses(tmp_path, "run", "anticipatory") == [False] * 10 + [True] * 4 + [False] * 2
 
 
 def stopping(name: str, fault: Callable) -> None:
