@@ -203,9 +203,17 @@ def test_the_default_run_name_comes_from_model_and_overrides():
         "train.profile=[2,3]",
         "checkpoint.every=7",
         "tracking.mode=disabled",
+        "guard.max_rollbacks=5",
     ]
+    assert load(["guard.anticipate=always"]).run.name == "flash_small_guard.anticipate=always"  # that trains otherwise
     assert load(how).run.name == "flash_small"
     assert load(["run.name=mine"]).run.dir == "runs/mine"
+
+
+def test_a_spike_needs_a_checkpoint_to_go_back_to():
+    with pytest.raises(ConfigError, match=r"^guard.snapshot=disk.*checkpoint.every=0"):
+        load(["guard.snapshot=disk", "checkpoint.every=0"])
+    load(["guard.snapshot=auto", "checkpoint.every=0"])
 
 
 def test_long_names_are_cut_and_stay_distinct():

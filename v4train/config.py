@@ -156,6 +156,9 @@ def settings(config: DictConfig) -> Settings:
         resolved=resolved,
     )
     made.optimizer.resolve_dtype(precision)
+    if made.guard.enabled and made.guard.snapshot == "disk" and not made.checkpoint.every:
+        rule = "checkpoint.every=0 writes no checkpoint that a spike could go back to"
+        raise ConfigError("guard.snapshot", "disk", rule, "set checkpoint.every, or use guard.snapshot=memory")
     if made.compile and made.topology.sizes.tensor > 1:
         rule = "what is compiled holds no collectives"
         raise ConfigError("compile", True, rule, "use compile=false with parallelism.tensor")

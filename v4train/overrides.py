@@ -22,7 +22,7 @@ from v4train.train.phases import read_phases
 
 # Overrides that say how or where to run, not what: they stay out of a run's default name.
 UNNAMED = re.compile(
-    r"^[+~]*(model=|run\.|checkpoint|tracking|device=|compile=|hydra|tokenizer\.cache_dir"
+    r"^[+~]*(model=|run\.|checkpoint|tracking|device=|compile=|hydra|tokenizer\.cache_dir|guard\.(?!anticipat)"
     r"|train\.(stop_at_step|max_minutes|recompute|profile|layers_every|hang_timeout|deterministic|dry_run)=)"
 )
 PHASES_DECIDE = ("sequence_length", "global_batch_size", "attention_mode")  # keys of train, where there are phases

@@ -95,6 +95,18 @@ def test_going_back_forgets_a_gap_that_was_not_known_then():
     assert [rows_of(one.next_step()) for _ in range(4)] == expected and first == G
 
 
+def test_how_many_steps_come_before_a_row():
+    one = loader(two_sources())
+    one.pass_over(*GAP)
+    one.next_step()
+    assert one.gaps == [GAP]
+    # The steps to come begin with rows G, 2G, 5G, 6G
+    assert [one.steps_before(row) for row in (0, G, 2 * G - 1, 2 * G, 3 * G, 5 * G, 6 * G, 7 * G)] == [
+        *(0, 0, 0, 1, 2, 2, 3, 4)
+    ]
+    one.close()
+
+
 def test_a_step_behind_a_gap_can_be_taken_back():
     one = loader(one_source())
     one.pass_over(0, 2 * G)

@@ -1,6 +1,6 @@
 """training_worker.py, where runs whose name begins with `spoilt` are spoilt on the way and go back.
 
-At two steps everything that a rank trains on is changed after the step, and the detector sees a spike there, once each.
+At some steps everything that a rank trains on is changed behind the step, and the detector sees a spike, once each.
 """
 
 import sys
@@ -11,20 +11,28 @@ import torch
 
 from tests.distributed import training_worker
 from v4train.train.recovery import Recovery
+from v4train.train.snapshots import KEPT, Snapshots
 from v4train.train.spike_guard import Spike
 
 SPOILT = {3: 2, 8: 2}  # the step after which it happens, and how many steps that makes bad
+IN_PHASES = {3: 2, 7: 4, 10: 4}  # back over a change of the batch, into the phase before, and from the last into that
 
-spiked = Recovery.spiked
+spiked, take = Recovery.spiked, Snapshots.take
+
+
+def spoilt_at(name: str) -> dict[int, int]:
+    """Of a run."""
+    return IN_PHASES if "phases" in name else SPOILT
 
 
 def spoil_once(recovery: Recovery, record: dict[str, Any]) -> bool:
     trainer, step = recovery.trainer, record["step"]
     done = trainer.__dict__.setdefault("spoilt", set())
-    if trainer.settings.run.name.startswith("spoilt") and step in SPOILT.keys() - done:
+    name = trainer.settings.run.name
+    if name.startswith("spoilt") and step in spoilt_at(name).keys() - done:
         done.add(step)
         spoil(trainer)
-        recovery.guard.detector.observe = lambda *figures: Spike(SPOILT[step], "spoilt")
+        recovery.guard.detector.observe = lambda *figures: Spike(spoilt_at(name)[step], "spoilt")
         try:
             return spiked(recovery, record)
         finally:
@@ -46,6 +54,22 @@ def spoil(trainer: Any) -> None:
     torch.manual_seed(99)
 
 
+def take_in_place(snapshots: Snapshots) -> None:
+    """The copy that is dropped leaves its memory to the new one."""
+    dropped = set(_tensors(snapshots, 0)) if len(snapshots.steps) == KEPT else set()
+    take(snapshots)
+    assert dropped <= set(_tensors(snapshots, -1))
+    if snapshots.trainer.step:  # the optimizer has its state
+        size = sum(tensor.nbytes for tensor in _tensors(snapshots, -1).values())
+        assert 0.5 < size / snapshots.trainer.engine.snapshot_bytes() < 1.5  # what is frozen has none
+
+
+def _tensors(snapshots: Snapshots, number: int) -> dict[int, torch.Tensor]:
+    """Of a copy, by address."""
+    engine = snapshots._kept[number].engine
+    return {tensor.data_ptr(): tensor for weight, state in engine for tensor in (weight, *state.values())}
+
+
 if __name__ == "__main__":
-    Recovery.spiked = spoil_once
+    Recovery.spiked, Snapshots.take = spoil_once, take_in_place
     training_worker.main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -51,6 +51,8 @@ def base(tmp_path_factory) -> Path:
     single = ["parallelism=zero0"]
     half = [*single, *MUON, *ALWAYS, f"train.stop_at_step={MIDDLE}"]
     jobs = [("twin", [*single, *ADAMW, *ALWAYS]), ("normal", [*single, *ADAMW]), ("half", half)]
+    resumed = f"checkpoint.resume={base / 'half' / 'checkpoints' / f'step_{MIDDLE:08d}'}"
+    jobs.append(("half_never", [*single, *MUON, "guard.anticipate=never", resumed]))
     train(base, 1, [*jobs, ("muon", [*single, *MUON, *ALWAYS]), ("muon_normal", [*single, *MUON])])
     return base
 
@@ -141,6 +143,13 @@ def test_a_run_stopped_within_goes_on_bitwise(layout):
     for key in ("loss", "grad_norm", "max_violation"):
         assert losses(base, f"{name}_again", key) == losses(base, name, key)
     assert checkpoint_digests(base, f"{name}_again", STEPS) == checkpoint_digests(base, name, STEPS)
+
+
+def test_never_forgets_what_was_chosen(base):
+    got = [record for record in read_metrics(base / "half_never" / "metrics.jsonl") if "loss" in record]
+    assert [record["step"] for record in got] == list(range(MIDDLE + 1, STEPS + 1))
+    assert not any(record["anticipatory"] for record in got)
+    assert losses(base, "half", "anticipatory") == [True] * MIDDLE
 
 
 def test_another_layout_goes_on_with_the_experts_that_were_chosen(layout):

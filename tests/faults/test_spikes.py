@@ -5,6 +5,7 @@ every time ends the run, in one line. The faults are made here, by patches in th
 """
 
 import contextlib
+import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tests.faults.lives import Life
+from tests.phases import PHASES, in_phases
 from tests.runs import losses, tiny
 from v4train.train import checkpoint
 from v4train.train.metrics import read_metrics
@@ -56,6 +58,13 @@ def gradient_not_finite(trainer):
 
 
 @contextlib.contextmanager
+def blown_up_head(trainer):
+    with torch.no_grad():
+        trainer.model.head.lm_head.weight.mul_(FACTOR)
+    yield
+
+
+@contextlib.contextmanager
 def blown_up(trainer):
     with torch.no_grad():
         trainer.model.blocks[1].ffn.experts.down[EXPERT].mul_(FACTOR)
@@ -79,10 +88,44 @@ def poisoned_rows(rows: range) -> None:
     Loader._step = poisoned
 
 
+def poisoned_gradients(firsts: list[int]) -> None:
+    """A gradient that is not finite, each time that a step begins with one of these rows."""
+    from v4train.train.trainer import Trainer
+
+    train_step = Trainer.train_step
+
+    def train(trainer: Trainer, stop: object) -> object:
+        loader = trainer.loader
+        factor = lambda: torch.nan if loader.progress.rows - loader.batch.total in firsts else 1.0  # noqa: E731
+        hook = trainer.model.embedding.lookup.weight.register_hook(lambda gradient: gradient * factor())
+        try:
+            return train_step(trainer, stop)
+        finally:
+            hook.remove()
+
+    Trainer.train_step = train
+
+
+def counted_choices(path) -> None:
+    """Write how many steps' experts are chosen at each step, after and before it was looked ahead."""
+    from v4train.train.anticipation import Anticipation
+
+    look_ahead = Anticipation.look_ahead
+
+    def look(own: Anticipation, steps: int) -> None:
+        before = own.steps
+        look_ahead(own, steps)
+        with path.open("a") as file:
+            file.write(f"{before} {own.steps}\n")
+
+    Anticipation.look_ahead = look
+
+
 FAULTS = {
     "a gradient": partial(before_steps, range(AT, AT + 1), gradient_not_finite, 1),
     "gradients": partial(before_steps, range(AT, AT + 3), gradient_not_finite, 1),
     "rows": partial(poisoned_rows, range(4 * (AT - 1), 4 * (AT + 1))),
+    "one batch": partial(poisoned_rows, range(4 * (AT - 1), 4 * AT)),
     "an expert": partial(before_steps, range(AT, AT + 1), blown_up, 1),
 }
 
@@ -140,13 +183,15 @@ def test_what_comes_back_every_time_ends_the_run(tmp_path):
     assert Life(arguments, log, forever).end() == SPIKED, log.read_text()
     skipped = [("update skipped", step, step) for step in (12, 13, 14)]
     # The older snapshot the second time: what spikes again may have been broken already
-    back = [("went back", 14, 10), ("went back", 14, 5), ("gave up", 14, 5)]
+    # And then the newer one, which has been trained anew
+    back = [("went back", 14, 10), ("went back", 14, 5), ("gave up", 14, 10)]
     assert events_of(tmp_path, "run") == [event for end in back for event in [*skipped, end]]
     (error,) = [line for line in log.read_text().splitlines() if line.startswith("error")]
     assert "3 updates in a row were skipped" in error and "after going back 2 times" in error
+    assert "run.name=run" in error  # a changed command would begin another run
     newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert checkpoint.read_manifest(newest)["state"]["guard"]["rollbacks"] == 0  # whoever starts it again may try again
-    assert newest.name == "step_00000005" and len(losses(tmp_path, "run")) == 5
+    assert newest.name == "step_00000010" and len(losses(tmp_path, "run")) == 10
     assert Life(arguments, log).end() == 0, log.read_text()
     assert len(losses(tmp_path, "run")) == 16 and losses(tmp_path, "run", "skipped") == [False] * 16
 
@@ -174,6 +219,87 @@ def test_rows_that_spiked_are_passed_over_and_a_restart_knows(tmp_path, place, s
     hashes, expected = losses(tmp_path, "whole", "data_hash"), losses(tmp_path, "plain", "data_hash")
     assert hashes[:11] == expected[:11] and hashes[11] != expected[11]
     assert losses(tmp_path, "whole", "tokens") == losses(tmp_path, "plain", "tokens")
+
+
+TWICE = [44, 60]  # the rows that steps 12 and 16 begin with
+
+
+@pytest.mark.parametrize("place", ["memory", pytest.param("disk", marks=pytest.mark.exhaustive)])
+def test_rows_that_were_passed_over_stay_so(tmp_path, place):
+    """Two places that are poisoned whenever they are read, of which the second leads to before the first.
+
+    Between them anticipatory routing ends.
+    """
+    options = [f"guard.snapshot={place}", "checkpoint.every=5", "guard.anticipation_after=2"]
+    arguments = tiny(tmp_path, "run", *SHORT, "guard.max_skipped=1", *options)
+    log, poison = tmp_path / "log", partial(poisoned_gradients, TWICE)
+    assert Life(arguments, log, poison).end() == 0, log.read_text()
+    events = [event for event in events_of(tmp_path, "run") if event[0] != "update skipped"]
+    assert events == [("went back", 12, 10), ("anticipation ended", 14, 14), ("went back", 15, 5)]
+    assert losses(tmp_path, "run", "skipped") == [False] * 16
+    manifest = checkpoint.read_manifest(checkpoint.newest(tmp_path / "run" / "checkpoints"))
+    assert manifest["state"]["loader"]["gaps"] == [[44, 48], [60, 64]]
+    assert manifest["state"]["loader"]["progress"]["rows"] == 4 * 18
+
+
+def test_the_same_command_goes_on_past_the_rows_that_ended_a_run(tmp_path):
+    arguments = tiny(tmp_path, "run", *SHORT, "guard.max_skipped=1", "guard.max_rollbacks=1")
+    log, poison = tmp_path / "log", partial(poisoned_gradients, TWICE)
+    assert Life(arguments, log, poison).end() == SPIKED, log.read_text()
+    assert events_of(tmp_path, "run")[-1] == ("gave up", 15, 5)
+    assert Life(arguments, log, poison).end() == 0, log.read_text()
+    assert losses(tmp_path, "run", "skipped") == [False] * 16
+    assert events_of(tmp_path, "run")[-1] == ("gave up", 15, 5)
+
+
+def test_where_copies_in_memory_are_used_up_a_checkpoint_is_taken(tmp_path):
+    """Of step 0, the only copy, which the first time leads to; the second time it leads no further."""
+    options = ["guard.skip_data=false", "guard.snapshot_every=99", "checkpoint.every=5", "checkpoint.keep=9"]
+    arguments = tiny(tmp_path, "run", *SHORT, "guard.max_skipped=1", *options)
+    log, fault = tmp_path / "log", partial(before_steps, range(12, 13), gradient_not_finite, 2)
+    assert Life(arguments, log, fault).end() == 0, log.read_text()
+    back = [event for event in events_of(tmp_path, "run") if event[0] == "went back"]
+    assert back == [("went back", 12, 0), ("went back", 12, 10)]
+    assert losses(tmp_path, "run", "skipped") == [False] * 16
+
+
+LONE = [("1", [("went back", 12, 10)]), pytest.param("1e9", [("outlier", 12, 12)], marks=pytest.mark.exhaustive)]
+
+
+@pytest.mark.parametrize(("severe", "expected"), LONE)
+def test_one_poisoned_batch_is_gone_back_from_or_leaves_a_mark(tmp_path, severe, expected):
+    """Of a model that has hardly begun to learn, so that random tokens are little worse: the limits are narrow."""
+    sensitive = ["guard.window=8", "guard.loss_threshold=1", "guard.loss_margin=0.05", "guard.patience=9"]
+    arguments = tiny(tmp_path, "run", *SHORT, *sensitive, f"guard.severe={severe}")
+    life = Life(arguments, tmp_path / "log", partial(poisoned_rows, range(4 * 11, 4 * 12)))
+    assert life.end() == 0, life.log.read_text()
+    assert events_of(tmp_path, "run") == expected
+    assert losses(tmp_path, "run", "outliers") == ([0] * 10 + [1] * 6 if severe == "1" else [0] * 11 + [1] * 5)
+
+
+def test_what_begins_with_the_last_step_of_a_phase_is_gone_back_from(tmp_path):
+    """The next phase has another loss, which couldn't confirm it."""
+    sensitive = ["guard.window=3", "guard.min_history=2", "guard.snapshot_every=3", "guard.severe=1e9"]
+    arguments = in_phases(tiny(tmp_path, "run", *FAST, *sensitive))
+    log, fault = tmp_path / "log", partial(before_steps, range(5, 6), blown_up_head, 1)
+    assert Life(arguments, log, fault).end() == 0, log.read_text()
+    assert [event for event in events_of(tmp_path, "run") if event[0] == "went back"] == [("went back", 5, 3)]
+
+
+def test_experts_are_chosen_once_where_only_weights_of_losses_change(tmp_path):
+    """A phase of the same steps with another weight, and the decay's; two steps ahead, up to the end."""
+    tokens = PHASES[-1]["tokens"]
+    phases = [PHASES[-1], PHASES[-1] | {"name": "other", "tokens": tokens, "mtp_weight": 0.1}]
+    listed = json.dumps(phases).replace('"', "")
+    arguments = [
+        *(key for key in in_phases(tiny(tmp_path, "run", *FAST)) if not key.startswith("schedule.phases=")),
+        *(f"schedule.phases={listed}", "guard.anticipate=always", "guard.anticipation_steps=2"),
+    ]
+    log, path = tmp_path / "log", tmp_path / "counts"
+    assert Life(arguments, log, partial(counted_choices, path)).end() == 0, log.read_text()
+    steps = 2 * tokens // 384
+    expected = [(0 if step == 0 else min(2, steps - step), min(3, steps - step)) for step in range(steps)]
+    assert [tuple(map(int, line.split())) for line in path.read_text().splitlines()] == expected
 
 
 def stopping(name: str, fault: Callable) -> None:

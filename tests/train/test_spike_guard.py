@@ -9,7 +9,7 @@ import pytest
 
 from tests.shipped import shipped
 from v4train.errors import ConfigError
-from v4train.train.spike_guard import CONSISTENT, GuardConfig, SpikeDetector, SpikeGuard, is_outlier, robust
+from v4train.train.spike_guard import CONSISTENT, GuardConfig, SpikeDetector, SpikeGuard, excess, robust
 
 SHIPPED = GuardConfig(**shipped("guard", "default"))
 CONFIG = replace(
@@ -21,7 +21,9 @@ CONFIG = replace(
     gradient_threshold=5.0,
     gradient_margin=1.0,
     patience=2,
+    severe=1e9,
     max_skipped=3,
+    max_skipped_share=1.0,
 )
 
 
@@ -54,14 +56,15 @@ def test_median_and_spread_by_hand():
 def test_an_outlier_is_beyond_both_limits(above):
     history = [1.0, 4.0, 2.0, 5.0, 3.0]  # median 3; changes 3 -2 3 -2, 2.5 from their median
     spread = 2.5 * CONSISTENT / math.sqrt(2)
-    assert is_outlier(3 + 2 * spread + above, history, threshold=2, margin=1) == (above > 0)
-    assert is_outlier(3 + 9 + above, history, threshold=2, margin=9) == (above > 0)
-    assert not is_outlier(-1e9, history, threshold=2, margin=1)  # below is no harm
+    assert (excess(3 + 2 * spread + above, history, threshold=2, margin=1) > 1) == (above > 0)
+    assert (excess(3 + 9 + above, history, threshold=2, margin=9) > 1) == (above > 0)
+    assert excess(3 + 27, history, threshold=2, margin=9) == pytest.approx(3)
+    assert excess(-1e9, history, threshold=2, margin=1) < 0  # below is no harm
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_an_outlier(value):
-    assert is_outlier(value, [1.0, 2.0], 1e9, 1e9)
+    assert excess(value, [1.0, 2.0], 1e9, 1e9) == math.inf
 
 
 def test_a_lone_outlier_is_none_and_does_not_join_the_history():
@@ -80,7 +83,7 @@ def test_outliers_in_a_row_are_a_spike():
 
 
 def test_a_gradient_norm_is_judged_by_its_logarithm():
-    detector = detector_after([4.0] * 4, grad_norm=0.5)  # no spread: the margin of one e-fold holds
+    detector = detector_after([4.0] * 8, grad_norm=0.5)  # no spread: the margin of one e-fold holds
     assert detector.observe(4.0, 0.5 * math.exp(0.99), True) is None and detector.bad == 0
     assert detector.observe(4.0, 0.5 * math.exp(1.01), True) is None and detector.bad == 1
     assert "gradient norm is 5 where 0.5 is usual" in detector.observe(4.0, 5.0, True).why
@@ -90,6 +93,32 @@ def test_nothing_is_held_against_too_short_a_history():
     detector = detector_after([4.0, 9.0, 4.0])
     assert detector.bad == 0
     assert detector.observe(math.nan, 1.0, True) is None and detector.bad == 1  # but this is bad anywhere
+
+
+@pytest.mark.parametrize("known", range(4, 9))
+def test_limits_are_wider_while_the_window_is_filling(known):
+    """By sqrt(8 / n): no spread, so the margins of 0.5 nats and one e-fold hold."""
+    wider = math.sqrt(8 / known)
+    for loss, gradient, expected in ((0.499, 0.0, 0), (0.501, 0.0, 1), (0.0, 0.999, 0), (0.0, 1.001, 1)):
+        detector = detector_after([4.0] * known)
+        detector.observe(4.0 + wider * loss, math.exp(wider * gradient), True)
+        assert detector.bad == expected
+
+
+def test_one_that_lies_far_out_is_a_spike_at_once():
+    config = replace(CONFIG, severe=3.0)
+    for figures, expected in (((5.49, 1.0), None), ((5.51, 1.0), 1), ((4.0, math.exp(2.99)), None), ((4.0, 20.1), 1)):
+        spike = detector_after([4.0] * 8, config).observe(*figures, True)
+        assert (spike and spike.steps) == expected
+    detector = detector_after([4.0] * 8, config)
+    assert detector.observe(math.nan, 1.0, True) is None  # of a loss alone that isn't finite one more is awaited
+    assert detector.observe(math.nan, 1.0, True).steps == 2
+
+
+def test_the_last_step_of_its_kind_needs_no_confirmation():
+    detector = detector_after([4.0] * 8)
+    assert detector.observe(4.4, 1.0, True, True) is None and detector.bad == 0
+    assert detector.observe(4.6, 1.0, True, True).steps == 1
 
 
 def test_a_drift_is_no_spike_and_a_jump_of_the_same_height_is():
@@ -115,6 +144,23 @@ def test_skipped_updates():
     assert [detector.observe(math.nan, math.nan, False) for _ in range(2)] == [None, None]
     spike = detector.observe(math.nan, math.nan, False)
     assert spike.steps == 3 and spike.why.startswith("3 updates in a row were skipped")
+
+
+def test_updates_skipped_now_and_then():
+    """Every other one: the fifth is more than half of a window of 8."""
+    detector = SpikeDetector(replace(CONFIG, max_skipped_share=0.5))
+    pattern = [False, True] * 5
+    assert [detector.observe(4.0, 1.0, finite) for finite in pattern] == [None] * 10  # 4 of any 8 are not more
+    assert detector.observe(4.0, 1.0, False) is None
+    spike = detector.observe(4.0, 1.0, False)
+    assert spike.steps == 2 and spike.why.startswith("5 of the last 8 updates were skipped")
+
+
+def test_skipped_updates_go_on_counting_in_another_phase():
+    detector = detector_after([4.0] * 6)
+    assert [detector.observe(math.nan, math.nan, False) for _ in range(2)] == [None, None]
+    detector.settle()
+    assert detector.bad == 2 and detector.observe(math.nan, math.nan, False).steps == 3
 
 
 def test_a_spike_begins_with_the_first_bad_step_whatever_is_wrong_with_it():
@@ -151,7 +197,8 @@ def test_where_to_go_back_to():
     guard.went_back(seen_at=11, to=5)
     assert guard.choose([0, 5], first_bad=10) == 0  # it was broken already at 5
     guard.went_back(seen_at=11, to=0)
-    assert guard.choose([0], first_bad=10) == 0
+    assert guard.choose([0], first_bad=10) is None  # nor is there an older one
+    assert guard.choose([0, 5], first_bad=10) == 5  # which was trained anew
     assert guard.choose([10, 15], first_bad=10) is None
 
 
@@ -173,6 +220,23 @@ def test_anticipation_by_word(anticipate, expected):
     guard = SpikeGuard(replace(CONFIG, anticipate=anticipate))
     guard.went_back(20, 10)
     assert guard.anticipates(0) == guard.anticipates(25) == expected
+
+
+def test_never_holds_for_a_run_that_went_back_before():
+    guard, other = (
+        SpikeGuard(replace(CONFIG, anticipate="after_spike")),
+        SpikeGuard(replace(CONFIG, anticipate="never")),
+    )
+    guard.went_back(20, 10)
+    other.load_state_dict(guard.state_dict())
+    assert guard.anticipates(15) and not other.anticipates(15)
+
+
+def test_outliers_are_counted_those_of_spikes_too():
+    guard = SpikeGuard(CONFIG)
+    for step, loss in enumerate([4.0] * 8 + [9.0, 4.0, 9.0, 9.0]):
+        guard.observe(step, loss, 1.0, True, 0)
+    assert guard.outliers == 3
 
 
 def test_a_saved_guard_is_the_same_guard():
@@ -202,6 +266,8 @@ def test_off_it_counts_skipped_updates_only():
         ("max_rollbacks", -1),
         ("min_history", 1),
         ("min_history", 65),
+        ("severe", 0.5),
+        ("max_skipped_share", 0.0),
     ],
 )
 def test_bad_values_are_refused_by_key(key, value):

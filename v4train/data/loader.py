@@ -213,9 +213,25 @@ class Loader:
         self._states, self.progress.rows, self.progress.tokens, self.progress.passed_over = self._before
 
     def pass_over(self, first: int, end: int) -> None:
-        """Leave rows [first, end) of the sequence out, which were not trained on yet. Same call on every rank."""
+        """Leave rows [first, end) of the sequence out, which were not trained on yet. Same call on every rank.
+
+        A step doesn't begin before them and end behind them: where the batch has another size by then, up to a step of
+        rows in front of them is left out too.
+        """
         self.close()
         self._gaps.append([first, end])
+
+    @property
+    def gaps(self) -> list[list[int]]:
+        """[first, end) of all rows that were passed over, and are to be: in front of the position and behind it."""
+        return [list(gap) for gap in self._gaps]
+
+    def steps_before(self, row: int) -> int:
+        """How many of the next steps take rows before `row` only."""
+        steps, first = 0, self._behind_gaps(self.progress.rows)
+        while first + self.batch.total <= row:
+            steps, first = steps + 1, self._behind_gaps(first + self.batch.total)
+        return steps
 
     def _behind_gaps(self, row: int) -> int:
         """The first row from `row` on that a step can begin with."""

@@ -317,13 +317,27 @@ class Engine:
         self._state.finish()
 
     @torch.no_grad()
-    def snapshot(self) -> EngineSnapshot:
-        """Copies in main memory of all weights and optimizer state that this rank holds. Between steps only."""
+    def snapshot(self, into: EngineSnapshot = ()) -> EngineSnapshot:
+        """Copies in main memory of all weights and optimizer state that this rank holds. Between steps only.
+
+        into: a snapshot of this engine that is needed no more, whose memory is used again.
+        """
         self._check_between_steps("take a snapshot")
-        return [
-            (holder.data.to("cpu", copy=True), {key: own.to("cpu", copy=True) for key, own in state.items()})
-            for holder, state in self._held_states()
-        ]
+        found, free = [], iter(into)
+        for holder, state in self._held_states():
+            weight, then = next(free, (None, {}))
+            of_state = {key: _copy(own, then.get(key)) for key, own in state.items()}
+            found.append((_copy(holder.data, weight), of_state))
+        return found
+
+    def snapshot_bytes(self) -> int:
+        """Of a `snapshot`, once the optimizer has its state; a little more where Muon's matrices straddle ranks."""
+        held: dict[int, int] = {}
+        for name, (parameter, _) in self._parameters.items():
+            holder = self._state.holder(parameter)
+            kinds = 1 + len(MUON_KEYS if self._use_muon[name] else ADAMW_KEYS)
+            held[id(holder)] = kinds * holder.numel() * holder.element_size()
+        return sum(held.values())
 
     @torch.no_grad()
     def roll_back(self, snapshot: EngineSnapshot) -> None:
@@ -352,6 +366,13 @@ class Engine:
         if self.layout is not None:
             return self.layout.box(name)
         return tuple(slice(0, size) for size in self._parameters[name][1])
+
+
+def _copy(tensor: Tensor, into: Tensor | None) -> Tensor:
+    """On the CPU, in the memory of a tensor that is like it, if there is one."""
+    if into is None or (into.shape, into.dtype) != (tensor.shape, tensor.dtype):
+        return tensor.to("cpu", copy=True)
+    return into.copy_(tensor)
 
 
 class _Copies:

@@ -22,7 +22,7 @@ from v4train.parallel.topology import Topology
 from v4train.train.checkpoint import ROUTING, Reader
 from v4train.train.distributed import all_max
 
-Choice = dict[str, list[Tensor]]  # of a step: by router, [B, S, K] int16 of each micro-batch
+Choice = dict[str, list[Tensor]]  # of a step: by router, [B, S, K] int16 on the CPU of each micro-batch
 
 
 class Anticipation:
@@ -55,7 +55,7 @@ class Anticipation:
         """Let the routers take the experts that were chosen for the step that is trained now, if there are any."""
         self.given = bool(self._queue)
         for name, chosen in self._queue.popleft().items() if self._queue else ():
-            self._routers[name].coming.extend(own.long() for own in chosen)
+            self._routers[name].coming.extend(chosen)
 
     def keep(self, steps: int) -> None:
         """Forget what was chosen for steps after the next so many: their rows are to be others."""
@@ -80,7 +80,7 @@ class Anticipation:
     def _choose(self, batches: list[Batch]) -> Choice:
         chosen: Choice = {name: [] for name in self._routers}
         hooks = [
-            router.register_forward_hook(lambda *args, own=chosen[name]: own.append(args[-1][0].to(torch.int16)))
+            router.register_forward_hook(lambda *args, own=chosen[name]: own.append(args[-1][0].to("cpu", torch.int16)))
             for name, router in self._routers.items()
         ]
         index, count = self._topology.index("context"), self._topology.sizes.context
@@ -100,7 +100,7 @@ class Anticipation:
         for number, of_step in enumerate(self._queue):
             for name, chosen in of_step.items():
                 for box, own in zip(self._boxes(), chosen, strict=True):
-                    yield ROUTING, Slice(f"{number}.{name}", box, 0).key(), own.cpu().flatten()
+                    yield ROUTING, Slice(f"{number}.{name}", box, 0).key(), own.flatten()
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, **self._shape()}
@@ -108,13 +108,9 @@ class Anticipation:
     def load(self, state: dict[str, Any], reader: Reader) -> None:
         """What was chosen before a checkpoint, by any layout; nothing where steps have another shape by now."""
         steps = state["steps"] if state == {"steps": state["steps"], **self._shape()} else 0
-        device = self._topology.device
         self.roll_back(
             [
-                {
-                    name: [reader.routing(f"{number}.{name}", box).to(device) for box in self._boxes()]
-                    for name in self._routers
-                }
+                {name: [reader.routing(f"{number}.{name}", box) for box in self._boxes()] for name in self._routers}
                 for number in range(steps)
             ]
         )

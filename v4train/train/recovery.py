@@ -2,7 +2,8 @@
 
 Every rank takes part in all of it, and has the same figures to decide by (spike_guard.py). Rank 0 writes.
 
-<run dir>/events.jsonl  one JSON object for each update that was skipped, each time a run went back, and its end:
+<run dir>/events.jsonl  one JSON object for each update that was skipped, each outlier that was let pass, each time a
+                        run went back, the end of anticipatory routing after that, and the run's:
                         step (that the run is at afterwards), event, why, seen_at, passed_over (rows)
 """
 
@@ -10,40 +11,24 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from v4train.parallel.engine import EngineSnapshot
 from v4train.train import checkpoint
-from v4train.train.anticipation import Anticipation, Choice
+from v4train.train.anticipation import Anticipation
 from v4train.train.distributed import gathered
 from v4train.train.metrics import MetricsFile
+from v4train.train.phases import Stage
 from v4train.train.signals import SPIKED
+from v4train.train.snapshots import Snapshots, place_for
 from v4train.train.spike_guard import Spike, SpikeGuard
 
 if TYPE_CHECKING:
     from v4train.train.trainer import Trainer
 
-KEPT = 2  # snapshots in memory: where the newer one is broken already there is an older one
-
 logger = logging.getLogger("v4train")
-
-
-@dataclass
-class Snapshot:
-    """All that training goes on from, on one rank."""
-
-    step: int
-    engine: EngineSnapshot
-    buffers: dict[str, Tensor]
-    loader: dict[str, Any]
-    random: Tensor
-    validation: dict[str, float]
-    detector: dict[str, Any]
-    choices: list[Choice]
 
 
 class Recovery:
@@ -53,30 +38,54 @@ class Recovery:
         self.trainer, self.config = trainer, trainer.settings.guard
         self.guard = SpikeGuard(self.config)
         self.anticipation = Anticipation(trainer.engine, trainer.loader, trainer.topology)
-        self._snapshots: list[Snapshot] = []
+        self.snapshots = Snapshots(trainer, self.guard.detector, self.anticipation)
+        self._place = place_for(trainer) if self.config.enabled else "disk"
         self._events = 0  # lines of events.jsonl
+        self._put_off = False  # a checkpoint is due
 
     def prepare(self) -> None:
         """Before a step: take a snapshot where one is due, and choose experts for coming steps."""
-        step, config = self.trainer.step, self.config
-        due = not self._snapshots or step % config.snapshot_every == 0 and self._snapshots[-1].step != step
-        if config.enabled and config.snapshot == "memory" and due and not self.guard.detector.bad:
-            del self._snapshots[: 1 - KEPT]  # first, for its memory
-            self._snapshots.append(self._snapshot())
-        if self.guard.anticipates(step):
-            end = self.trainer.plan.next_change(step)
-            end = end if config.anticipate == "always" else min(end, self.guard.anticipate_until)
+        trainer, config, guard = self.trainer, self.config, self.guard
+        step = trainer.step
+        watches = config.enabled and self._place == "memory" and not guard.detector.bad
+        if watches and self.snapshots.due(step, config.snapshot_every):
+            self.snapshots.take()
+        if config.anticipate == "after_spike" and step == guard.anticipate_until > 0:
+            self._note({"step": step, "event": "anticipation ended", "seen_at": step})
+        if guard.anticipates(step) and trainer.stage.attention_mode != "indexer_warmup":  # where routers don't learn
+            end = self._change_of_rows(step)
+            end = end if config.anticipate == "always" else min(end, guard.anticipate_until)
             self.anticipation.look_ahead(min(config.anticipation_steps + 1, end - step))
 
-    def settle(self) -> None:
-        """From here on steps are others: another sequence length, batch size, attention mode or loss weight."""
-        self.guard.detector.settle()
-        self.anticipation.keep(0)
+    def enter(self, before: Stage, stage: Stage) -> None:
+        """From here on steps may be of another kind."""
+        if _kind(before) != _kind(stage):
+            self.guard.detector.settle()
+        if self._rows(before) != self._rows(stage):
+            self.anticipation.keep(0)
+
+    def _rows(self, stage: Stage) -> tuple:
+        """What the experts that are chosen beforehand depend on."""
+        return (*_kind(stage), stage.global_batch_size, self.trainer.settings.micro_batch(stage))
+
+    def _change_of_rows(self, step: int) -> int:
+        """The first step after `step` whose experts must be chosen anew by then, or the run's end."""
+        plan = self.trainer.plan
+        end = plan.next_change(step)
+        while end < plan.total_steps and self._rows(plan.at(end)) == self._rows(plan.at(step)):
+            end = plan.next_change(end)
+        return end
+
+    def lets_save(self, due: bool) -> bool:
+        """Whether to write the checkpoint that is due, now or since earlier: not where a spike may have begun."""
+        due = due or self._put_off
+        self._put_off = due and self.guard.detector.bad > 0
+        return due and not self._put_off
 
     def figures(self) -> dict[str, Any]:
         """For a step's line of metrics."""
         counts = {"skipped_steps": self.guard.skipped, "rollbacks": self.guard.rollbacks}
-        return counts | {"anticipatory": self.anticipation.given}
+        return counts | {"outliers": self.guard.outliers, "anticipatory": self.anticipation.given}
 
     def spiked(self, record: dict[str, Any]) -> bool:
         """Whether the step that was taken completes a spike, and the run has gone back to before it.
@@ -84,26 +93,34 @@ class Recovery:
         Raises SystemExit(SPIKED), in one line, when it has gone back often enough: with a checkpoint to go on from.
         """
         trainer, step = self.trainer, record["step"]
-        rows = trainer.loader.batch.total
-        first_row = trainer.loader.progress.rows - rows
-        figures = (record["loss"], record["grad_norm"], not record["skipped"])
-        spike = self.guard.observe(step, *figures, first_row)
+        stage, plan = trainer.stage, trainer.plan
+        first_row = trainer.loader.progress.rows - trainer.loader.batch.total
+        # What the weights of other losses, which phases change, don't enter
+        loss = record["indexer_kl" if stage.attention_mode == "indexer_warmup" else "lm_loss"]
+        last = step < plan.total_steps and _kind(plan.at(step)) != _kind(stage)
+        spike = self.guard.observe(step, loss, record["grad_norm"], not record["skipped"], first_row, last)
         record |= self.figures()
         if record["skipped"]:
             self._note({"step": step, "event": "update skipped", "seen_at": step, "grad_norm": record["grad_norm"]})
         if spike is None:
+            if why := " and ".join(self.guard.detector.reasons):
+                self._note({"step": step, "event": "outlier", "seen_at": step, "why": why})
             return False
         self._recover(spike, step)
         return True
 
     def _recover(self, spike: Spike, seen_at: int) -> None:
         trainer, guard = self.trainer, self.guard
-        ends, rollbacks = guard.exhausted, guard.rollbacks
-        rows = [guard.first_row, trainer.loader.progress.rows]
+        ends, rollbacks, gaps = guard.exhausted, guard.rollbacks, trainer.loader.gaps
+        rows = [guard.first_row, trainer.loader.progress.rows] if self.config.skip_data else []
         target = self._go_back(seen_at - spike.steps + 1)
         if target is None:
-            self._stop(f"step {seen_at}: {spike.why}; there is no {self.config.snapshot} snapshot to go back to")
-        event = {"step": target, "seen_at": seen_at, "why": spike.why}
+            self._stop(f"step {seen_at}: {spike.why}; there is no {self._place} snapshot to go back to")
+        # That rows are passed over was decided since, and is no part of the position that was gone back to
+        for gap in sorted([*gaps, rows] if rows else gaps):
+            self._pass_over(*gap)
+        self._put_off = False
+        event = {"step": target, "seen_at": seen_at, "why": spike.why, "passed_over": rows}
         if ends:
             guard.gave_up()
             trainer.saving.last = None  # a checkpoint of this step may lie there, with the count as it was
@@ -112,13 +129,11 @@ class Recovery:
             self._remove_later(target)
             self._stop(
                 f"step {seen_at}: {spike.why}, after going back {rollbacks} times (guard.max_rollbacks); saved at "
-                f"step {target}, from where the same command continues: lower the learning rate, or see guard.*"
+                f"step {target}, from where the same command continues; to lower the learning rate too give "
+                f"run.name={trainer.settings.run.name} with it, or see guard.*"
             )
         guard.went_back(seen_at, target)
-        if self.config.skip_data:
-            self.anticipation.keep(seen_at - spike.steps - target)
-            trainer.loader.pass_over(*rows)
-        self._note(event | {"event": "went back", "passed_over": rows if self.config.skip_data else []})
+        self._note(event | {"event": "went back"})
         if trainer.topology.rank == 0:
             logger.warning("step %d: %s; back to step %d, %s", seen_at, spike.why, target, self._plan(seen_at))
         if trainer.settings.checkpoint.every:  # or a kill would bring back what has just been left
@@ -126,68 +141,57 @@ class Recovery:
             if trainer.saving.settle() is None:
                 self._remove_later(target)
 
+    def _pass_over(self, first: int, end: int) -> None:
+        loader = self.trainer.loader
+        if [first, end] not in loader.gaps:
+            self.anticipation.keep(loader.steps_before(first))
+            loader.pass_over(first, end)
+
     def _plan(self, seen_at: int) -> str:
         data = "passing over the rows that spiked" if self.config.skip_data else "to the same rows again"
         until = min(self.guard.anticipate_until, self.trainer.plan.total_steps)
         return data + (f"; anticipatory routing up to step {until}" if until > self.trainer.step else "")
 
     def _go_back(self, first_bad: int) -> int | None:
-        """To a step before this one; None if there is none. Returns the step."""
-        if self.config.snapshot == "disk":
-            return self._go_back_on_disk(first_bad)
-        target = self.guard.choose((own.step for own in self._snapshots), first_bad)
+        """To a step before this one; None if there is none. Returns the step.
+
+        To the newest copy in memory that no spike has led to already, else to the newest such checkpoint; where there
+        is none either, as far back as there is anything.
+        """
+        in_memory, on_disk = self.snapshots.steps, {}
+        target = self.guard.choose(in_memory, first_bad)
         if target is None:
-            return None
-        self._snapshots = [own for own in self._snapshots if own.step <= target]
-        self._put_back(self._snapshots[-1])
+            on_disk = self._checkpoints(first_bad)
+            target = self.guard.choose(on_disk, first_bad)
+        if target is None:
+            target = min((step for step in [*in_memory, *on_disk] if step < first_bad), default=None)
+        if target in in_memory:
+            self.snapshots.put_back(target)
+        elif target is not None:
+            self._go_back_on_disk(on_disk[target])
         return target
 
-    def _go_back_on_disk(self, first_bad: int) -> int | None:
-        trainer, path = self.trainer, None
-        trainer.saving.settle()
-        if trainer.topology.rank == 0:
-            whole = {checkpoint.step_of(own): own for own in checkpoint.whole(trainer.saving.folder)}
-            path = whole.get(self.guard.choose(whole, first_bad))
-        path = gathered(path)[0]
-        if path is None:
-            return None
+    def _checkpoints(self, first_bad: int) -> dict[int, Path]:
+        """By step, from before step `first_bad`, newest first up to one that no spike has led to already."""
+        self.trainer.saving.settle()
+        found: dict[int, Path] = {}
+        if self.trainer.topology.rank == 0:
+            for path in checkpoint.whole(self.trainer.saving.folder):
+                step = checkpoint.step_of(path)
+                if step < first_bad and not _suspect(path):
+                    found[step] = path
+                    if self.guard.choose([step], first_bad) is not None:
+                        break
+        return gathered(found)[0]
+
+    def _go_back_on_disk(self, path: Path) -> None:
         guard, events = self.guard.state_dict(), self._events
         reader = checkpoint.Reader(path)
-        trainer.restore(reader)
+        self.trainer.restore(reader)
         reader.close()
         detector = self.guard.state_dict()["detector"]
         self.guard.load_state_dict(guard | {"detector": detector})
         self._events = events
-        return trainer.step
-
-    @torch.no_grad()
-    def _snapshot(self) -> Snapshot:
-        trainer = self.trainer
-        return Snapshot(
-            trainer.step,
-            trainer.engine.snapshot(),
-            {name: buffer.to("cpu", copy=True) for name, buffer in trainer.own_buffers()},
-            trainer.loader.state_dict(),
-            torch.get_rng_state(),
-            dict(trainer.validation),
-            self.guard.detector.state_dict(),
-            self.anticipation.snapshot(),
-        )
-
-    @torch.no_grad()
-    def _put_back(self, snapshot: Snapshot) -> None:
-        trainer = self.trainer
-        trainer.step, trainer.validation = snapshot.step, dict(snapshot.validation)
-        trainer.enter(trainer.plan.at(snapshot.step))
-        trainer.engine.roll_back(snapshot.engine)
-        for name, buffer in trainer.own_buffers():
-            buffer.copy_(snapshot.buffers[name])
-        trainer.loader.load_state_dict(snapshot.loader)
-        torch.set_rng_state(snapshot.random)
-        self.guard.detector.load_state_dict(snapshot.detector)
-        self.anticipation.roll_back(snapshot.choices)
-        if trainer.metrics is not None:
-            trainer.metrics.truncate_after(snapshot.step)
 
     def _remove_later(self, step: int) -> None:
         """Checkpoints of a future that was left."""
@@ -217,16 +221,22 @@ class Recovery:
         return self.anticipation.local_state()
 
     def state_dict(self) -> dict[str, Any]:
-        return self.guard.state_dict() | {"events": self._events, "anticipation": self.anticipation.state_dict()}
+        of_guard = self.guard.state_dict() | {"kind": list(_kind(self.trainer.stage))}
+        return of_guard | {"events": self._events, "anticipation": self.anticipation.state_dict()}
 
     def restore(self, reader: checkpoint.Reader) -> None:
         """Go on from a checkpoint, whose loader state is loaded already. One that older versions wrote has no guard."""
         state = reader.manifest["state"].get("guard")
-        self._snapshots = []
-        if state is not None:
-            self.guard.load_state_dict(state)
-            self.guard.detector.begin_anew()
-            self._events = state["events"]
+        self.snapshots.clear()
+        self.anticipation.roll_back([])
+        if state is None:
+            return
+        self.guard.load_state_dict(state)
+        self.guard.detector.begin_anew()
+        if state.get("kind") != list(_kind(self.trainer.stage)):  # absent: of an older version, with another loss
+            self.guard.detector.settle()
+        self._events = state["events"]
+        if self.guard.anticipates(self.trainer.step):
             self.anticipation.load(state["anticipation"], reader)
 
     def cut_events(self) -> None:
@@ -235,3 +245,14 @@ class Recovery:
         if self.trainer.topology.rank == 0 and path.is_file():
             with MetricsFile(path) as file:
                 file.keep_first(self._events)
+
+
+def _kind(stage: Stage) -> tuple[int, str]:
+    """Steps of one kind have losses and gradients that can be compared."""
+    return stage.sequence_length, stage.attention_mode
+
+
+def _suspect(path: Path) -> bool:
+    """Whether a checkpoint was written with outliers just before: at a signal, say."""
+    guard = checkpoint.read_manifest(path)["state"].get("guard")  # absent: of an older version
+    return guard is not None and guard["detector"]["outliers"] > 0

@@ -2,8 +2,9 @@
 
 A step is an outlier if its loss, or the logarithm of its gradient norm, lies far above the median of the steps before
 it, measured by how much one step usually differs from the next: a median too, which outliers hardly move, nor the fall
-of the loss. `patience` of them in a row, or `max_skipped` steps in a row whose gradient is not finite, are a spike. All
-ranks decide alike, because all that is looked at has been summed over all of them.
+of the loss. `patience` of them in a row are a spike, and so is one that lies `severe` times as far out. Of steps whose
+gradient is not finite `max_skipped` in a row are one, or more than `max_skipped_share` of a window. All ranks decide
+alike, because all that is looked at has been summed over all of them.
 """
 
 import math
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple
 from v4train.errors import ConfigError
 
 CONSISTENT = 1.4826  # times the median absolute deviation is the standard deviation of a normal distribution
-PLACES = ("memory", "disk")
+PLACES = ("auto", "memory", "disk")
+TINY = 1e-30  # a limit is never 0, nor the logarithm's argument
 ANTICIPATE = ("after_spike", "always", "never")
 
 
@@ -33,7 +35,9 @@ class GuardConfig:
     gradient_threshold: float
     gradient_margin: float
     patience: int
+    severe: float
     max_skipped: int
+    max_skipped_share: float
     snapshot: str
     snapshot_every: int
     skip_data: bool
@@ -56,6 +60,12 @@ class GuardConfig:
                 raise ConfigError(f"guard.{key}", getattr(self, key), "it can't be negative", "see conf/guard")
         if self.min_history < 2:
             raise ConfigError("guard.min_history", self.min_history, "a spread needs two steps", "see conf/guard")
+        if not self.severe >= 1:
+            rule = "an outlier lies beyond 1 times its limit"
+            raise ConfigError("guard.severe", self.severe, rule, "use 1 to go back for every outlier")
+        if not 0 < self.max_skipped_share <= 1:
+            rule = "it must lie above 0 and be at most 1"
+            raise ConfigError("guard.max_skipped_share", self.max_skipped_share, rule, "use 1 for never")
         if self.min_history > self.window:
             rule = f"the window holds only guard.window={self.window} steps"
             raise ConfigError("guard.min_history", self.min_history, rule, "make it at most as large")
@@ -71,15 +81,15 @@ def robust(values: Sequence[float]) -> tuple[float, float]:
     return median(values), CONSISTENT / math.sqrt(2) * median(abs(change - usual) for change in changes)
 
 
-def is_outlier(value: float, history: Sequence[float], threshold: float, margin: float) -> bool:
-    """Whether it is above the median of `history` by more than `threshold` standard deviations, and than `margin`.
+def excess(value: float, history: Sequence[float], threshold: float, margin: float) -> float:
+    """How far it is above the median of `history`, as a multiple of the limit: an outlier is above 1.
 
-    What is not finite is always one.
+    The limit is `threshold` spreads, and at least `margin`. What is not finite is infinitely far.
     """
     if not math.isfinite(value):
-        return True
+        return math.inf
     middle, spread = robust(history)
-    return value - middle > max(threshold * spread, margin)
+    return (value - middle) / max(threshold * spread, margin, TINY)
 
 
 class Spike(NamedTuple):
@@ -90,63 +100,95 @@ class Spike(NamedTuple):
 
 
 class SpikeDetector:
-    """Looks at one step after the other."""
+    """Looks at one step after the other.
+
+    Attributes:
+        reasons: why the last step was an outlier; none where it was none.
+    """
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
+        self.reasons: list[str] = []
         self.losses: deque[float] = deque(maxlen=config.window)  # of steps that were no outliers
         self.gradients: deque[float] = deque(maxlen=config.window)  # logarithms of their gradient norms
+        self.skips: deque[bool] = deque(maxlen=config.window)  # whether each of the last updates was skipped
         self.bad = self.outliers = self.skipped = 0  # in a row, up to now; bad: skipped or an outlier
 
-    def observe(self, loss: float, grad_norm: float, finite: bool) -> Spike | None:
-        """What a step's figures mean. finite: the gradient was, and so the update was made."""
-        limits = self.config
+    def observe(self, loss: float, grad_norm: float, finite: bool, last: bool = False) -> Spike | None:
+        """What a step's figures mean. finite: the gradient was, and so the update was made.
+
+        last: the step after it is of another kind (`settle`), whose figures couldn't confirm a suspicion, so that an
+        outlier is a spike already.
+        """
+        limits, self.reasons = self.config, []
+        self.skips.append(not finite)
         if not finite:
             self.bad, self.skipped = self.bad + 1, self.skipped + 1
-            if self.skipped < limits.max_skipped:
-                return None
-            return Spike(self.bad, f"{self.skipped} updates in a row were skipped for a gradient that is not finite")
+            return self._too_many_skipped()
         self.skipped = 0
-        gradient = math.log(max(grad_norm, 1e-30))
-        reasons = self._reasons(loss, gradient)
-        if reasons:
+        far = self._look(loss, math.log(max(grad_norm, TINY)))
+        if self.reasons:
             self.bad, self.outliers = self.bad + 1, self.outliers + 1
-            return Spike(self.bad, " and ".join(reasons)) if self.outliers >= limits.patience else None
+            at_once = last or far >= limits.severe
+            return Spike(self.bad, " and ".join(self.reasons)) if at_once or self.outliers >= limits.patience else None
         self.bad = self.outliers = 0
-        self.losses.append(loss)
-        self.gradients.append(gradient)
         return None
 
-    def _reasons(self, loss: float, gradient: float) -> list[str]:
-        limits, reasons = self.config, []
+    def _too_many_skipped(self) -> Spike | None:
+        why = "were skipped for a gradient that is not finite"
+        if self.skipped >= self.config.max_skipped:
+            return Spike(self.bad, f"{self.skipped} updates in a row {why}")
+        if sum(self.skips) > self.config.max_skipped_share * self.config.window:
+            return Spike(self.bad, f"{sum(self.skips)} of the last {len(self.skips)} updates {why}")
+        return None
+
+    def _look(self, loss: float, gradient: float) -> float:
+        """Set `reasons`, or add the step to the history. Returns the larger excess.
+
+        gradient: the logarithm of its norm. Over n steps a median is known to within 1/sqrt(n), so while the window is
+        filling the limits are wider.
+        """
+        limits, far = self.config, [0.0]
         if not math.isfinite(loss):
-            reasons.append(f"the loss is {loss}")
-        if len(self.losses) < limits.min_history:
-            return reasons
-        if math.isfinite(loss) and is_outlier(loss, self.losses, limits.loss_threshold, limits.loss_margin):
-            reasons.append(f"the loss is {loss:.4g} where {median(self.losses):.4g} is usual")
-        if is_outlier(gradient, self.gradients, limits.gradient_threshold, limits.gradient_margin):
-            usual = math.exp(median(self.gradients))
-            reasons.append(f"the gradient norm is {math.exp(gradient):.3g} where {usual:.3g} is usual")
-        return reasons
+            self.reasons.append(f"the loss is {loss}")
+        if len(self.losses) >= limits.min_history:
+            wider = math.sqrt(limits.window / len(self.losses))
+            if math.isfinite(loss):
+                far.append(excess(loss, self.losses, wider * limits.loss_threshold, wider * limits.loss_margin))
+                if far[-1] > 1:
+                    self.reasons.append(f"the loss is {loss:.4g} where {median(self.losses):.4g} is usual")
+            widened = wider * limits.gradient_threshold, wider * limits.gradient_margin
+            far.append(excess(gradient, self.gradients, *widened))
+            if far[-1] > 1:
+                usual = math.exp(median(self.gradients))
+                self.reasons.append(f"the gradient norm is {math.exp(gradient):.3g} where {usual:.3g} is usual")
+        if not self.reasons:
+            self.losses.append(loss)
+            self.gradients.append(gradient)
+        return max(far)
 
     def settle(self) -> None:
-        """What comes is not to be held against what was: another sequence length, attention mode or batch size."""
+        """What comes is not to be held against what was: another sequence length or attention mode.
+
+        What is not finite is bad in any, so the count of skipped updates goes on.
+        """
         self.losses.clear()
         self.gradients.clear()
-        self.begin_anew()
 
     def begin_anew(self) -> None:
         """Forget what may have been the beginning of a spike: there is no snapshot from before it."""
         self.bad = self.outliers = self.skipped = 0
+        self.skips.clear()
 
     def state_dict(self) -> dict[str, Any]:
+        names = ("losses", "gradients", "skips")
         counts = {"bad": self.bad, "outliers": self.outliers, "skipped": self.skipped}
-        return {"losses": list(self.losses), "gradients": list(self.gradients), **counts}
+        return {name: list(getattr(self, name)) for name in names} | counts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.losses = deque(state["losses"], maxlen=self.config.window)
-        self.gradients = deque(state["gradients"], maxlen=self.config.window)
+        window = self.config.window
+        self.losses, self.gradients = deque(state["losses"], maxlen=window), deque(state["gradients"], maxlen=window)
+        self.skips = deque(state.get("skips", []), maxlen=window)  # absent: saved by an older version
         self.bad, self.outliers, self.skipped = state["bad"], state["outliers"], state["skipped"]
 
 
@@ -155,26 +197,29 @@ class SpikeGuard:
 
     Attributes:
         rollbacks: since the last calm stretch.
-        skipped: updates left out for a gradient that is not finite so far, those of steps that were gone back from too.
+        skipped, outliers: such steps so far, those that were gone back from too.
         anticipate_until: the step up to which routing is anticipatory.
     """
 
     def __init__(self, config: GuardConfig) -> None:
         self.config, self.detector = config, SpikeDetector(config)
-        self.rollbacks = self.skipped = self.anticipate_until = 0
+        self.rollbacks = self.skipped = self.outliers = self.anticipate_until = 0
         self._last_spike = 0  # step
         self._first_row = 0  # of the first step that is bad
         self._used: set[int] = set()  # steps gone back to since the last calm stretch
 
-    def observe(self, step: int, loss: float, grad_norm: float, finite: bool, first_row: int) -> Spike | None:
-        """What the figures of step number `step`, which began with row `first_row`, mean."""
+    def observe(
+        self, step: int, loss: float, grad_norm: float, finite: bool, first_row: int, last: bool = False
+    ) -> Spike | None:
+        """What the figures of step number `step`, which began with row `first_row`, mean. last: of its kind."""
         self.skipped += not finite
         if not self.config.enabled:
             return None
         if self.rollbacks and step > self._last_spike + self.config.calm_steps:
             self.rollbacks, self._used = 0, set()
         good_before = self.detector.bad == 0
-        spike = self.detector.observe(loss, grad_norm, finite)
+        spike = self.detector.observe(loss, grad_norm, finite, last)
+        self.outliers += bool(self.detector.reasons)
         if self.detector.bad and good_before:
             self._first_row = first_row
         return spike
@@ -182,16 +227,16 @@ class SpikeGuard:
     def choose(self, steps: Iterable[int], first_bad: int) -> int | None:
         """Which of the steps that can be gone back to; None if there is none before step `first_bad`.
 
-        The newest one; but what spikes again after that may have been broken already there, so then an older one.
+        The newest one; but what spikes again after that may have been broken already there, so none that was gone
+        back to already.
         """
-        before = sorted(step for step in steps if step < first_bad)
-        unused = [step for step in before if step not in self._used]
-        return unused[-1] if unused else before[0] if before else None
+        return max((step for step in steps if step < first_bad and step not in self._used), default=None)
 
     def went_back(self, seen_at: int, to: int) -> None:
         """A spike was seen at a step, and the run is at step `to` again."""
         self.rollbacks, self._last_spike = self.rollbacks + 1, max(self._last_spike, seen_at)
-        self._used.add(to)
+        self._used = {step for step in self._used if step < to} | {to}  # what lay behind it is made anew
+        self.detector.begin_anew()  # nor do the updates count any more that were skipped before
         if self.config.anticipate == "after_spike":
             self.anticipate_until = seen_at + self.config.anticipation_after
 
@@ -211,15 +256,17 @@ class SpikeGuard:
 
     def anticipates(self, step: int) -> bool:
         """Whether the step after `step` is to be routed by older parameters."""
-        return self.config.anticipate == "always" or step < self.anticipate_until
+        word = self.config.anticipate
+        return word == "always" or word == "after_spike" and step < self.anticipate_until
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("rollbacks", "skipped", "anticipate_until", "_last_spike", "_first_row")
+        names = ("rollbacks", "skipped", "outliers", "anticipate_until", "_last_spike", "_first_row")
         plain = {name.removeprefix("_"): getattr(self, name) for name in names}
         return {**plain, "used": sorted(self._used), "detector": self.detector.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rollbacks, self.skipped = state["rollbacks"], state["skipped"]
+        self.outliers = state.get("outliers", 0)  # absent: saved by an older version
         self.anticipate_until, self._last_spike = state["anticipate_until"], state["last_spike"]
         self._first_row, self._used = state["first_row"], set(state["used"])
         self.detector.load_state_dict(state["detector"])

@@ -155,7 +155,7 @@ class Trainer:
                 if _due(self.step, self.train.evaluate_every):
                     self.log({"step": self.step, "tokens": self.tokens, **self.evaluation.figures(self.stage)})
                 due = _due(self.step, self.settings.checkpoint.every) or self.saving.retry
-                if due and self.step < self.last_step and not self.interrupted:
+                if self.recovery.lets_save(due) and self.step < self.last_step and not self.interrupted:
                     self.save()
             if validated != self.step and not self.interrupted:
                 self.validate(progress)
@@ -243,8 +243,7 @@ class Trainer:
         if stage.attention_mode != before.attention_mode:
             self._set_attention_mode(stage.attention_mode)
         self._set_weights(stage)
-        if stage._replace(learning_rate=0.0) != before._replace(learning_rate=0.0):
-            self.recovery.settle()
+        self.recovery.enter(before, stage)
 
     def _batch(self, stage: Stage) -> BatchConfig:
         """This rank's rows of its steps."""

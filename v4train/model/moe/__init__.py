@@ -1,5 +1,6 @@
 """DeepSeekMoE of V4: routed experts plus a shared one (V4 report section 2.1)."""
 
+import torch
 from torch import Tensor, nn
 
 from v4train.model.config import ModelConfig
@@ -34,7 +35,9 @@ class MoE(nn.Module):
 
     def take_coming(self) -> Tensor | None:
         """The experts [B, S, K] that were chosen beforehand for this forward pass, taken from the router's `coming`."""
-        return self.router.coming.popleft() if isinstance(self.router, ScoreRouter) and self.router.coming else None
+        if not isinstance(self.router, ScoreRouter) or not self.router.coming:
+            return None
+        return self.router.coming.popleft().to(self.router.bias.device, torch.long)
 
     def forward(self, x: Tensor, input_ids: Tensor, document_ids: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Hidden states [B, S, M] of tokens `input_ids` [B, S] to [B, S, M]. chosen: what `take_coming` gave."""

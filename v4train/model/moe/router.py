@@ -55,8 +55,8 @@ def router_scores(x: Tensor, weight: Tensor, logit_bias: Tensor | None, scoring:
 class ScoreRouter(nn.Module):
     """Top-K of affinity + bias. The bias only selects; it is moved against the load after each step (loss-free).
 
-    `coming` holds experts [B, S, K] that were chosen beforehand, one tensor for each of the next forward passes
-    (anticipatory routing, V4.md 2.9); while it is empty, each pass chooses for itself.
+    `coming` holds experts [B, S, K] that were chosen beforehand, int16 on the CPU, one tensor for each of the next
+    forward passes (anticipatory routing, V4.md 2.9); while it is empty, each pass chooses for itself.
     """
 
     seams = Seams()
