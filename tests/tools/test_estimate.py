@@ -77,7 +77,7 @@ def test_ranks_of_a_layout(tool, capsys):
 
 
 def test_the_phase_that_needs_most(tool, capsys):
-    """v4_small's rows of 512 tokens, though `train` says nothing of them; the last phase's in micro-batches of its own."""
+    """v4_small's rows of 512 tokens, not the last phase's micro-batches of one."""
     given = ["model=flash_small", "schedule=v4_small", "+schedule.phases.2.micro_batch_size=1", "estimate.format=json"]
     layout = json.loads(printed(tool, capsys, *given))["layout"]
     assert (layout["sequence_length"], layout["rows"], layout["accumulation"]) == (512, 4, 1)
