@@ -72,7 +72,7 @@ def test_muon_keeps_one_number_less_and_zero_stages_it():
     alone = by_phase(matrices(), Work(64, zero_stage=0))["muon"]
     assert alone.optimizer == 4 * 900 + 8 * 100
     # The experts' ten matrices: copies, and at work together
-    assert alone.working == 4 * 600 + 600 * (4 + 8 * (1 + 6 / 10))
+    assert alone.working == 4 * 600 + 600 * 4 * (3 + 2 * 6 / 10)
     own, of_experts, straddling = 350, 600 / 2, 60  # parts
     for stage, gradients in ((1, 0), (2, own)):
         work = Work(64, data=8, expert=4, zero_stage=stage, accumulation=2, device="cpu")
@@ -80,7 +80,7 @@ def test_muon_keeps_one_number_less_and_zero_stages_it():
         assert sharded["backward"].optimizer == 12 * own + 8 * straddling
         muon = sharded["muon"]
         own_matrices = of_experts + 300 / 8
-        assert muon.working == 4 * own_matrices + 4 * of_experts + of_experts * (4 + 8 * (1 + 6 / 10))
+        assert muon.working == 4 * own_matrices + 4 * of_experts + of_experts * 4 * (3 + 2 * 6 / 10)
         assert muon.gradients == 4 * (own + gradients) and muon.buffers == 4000  # the bucket is still there
         assert sharded["step"].working == 4 * own_matrices + 4 * of_experts
         assert sharded["step"].buffers == 0
@@ -150,7 +150,7 @@ def test_limits_of_deepspeed():
 def test_muon_in_zero_3_gathers_gradients_and_momenta():
     for bucket, gathered in ((500_000_000, 900), (100, 300)):  # or the largest tensor
         memory = by_phase(matrices(), Work(64, data=8, expert=4, zero_stage=3, bucket=bucket, device="cpu"))["muon"]
-        assert memory.working == 2 * 4 * gathered + 4 * 300 + 300 * (4 + 8 * (1 + 6 / 10))
+        assert memory.working == 2 * 4 * gathered + 4 * 300 + 300 * 4 * (3 + 2 * 6 / 10)
 
 
 def test_micro_batches_in_flight():

@@ -133,17 +133,17 @@ class _Muon:
 
 
 def newton_schulz_bytes(group: MuonGroup, fraction: float, work: Work) -> float:
-    """At work on as many matrices of one shape as go through the iteration together.
+    """At work on as many matrices of one shape as go through the iteration together; ZeRO 3 takes tensor by tensor.
 
-    They are there once as they came, and in the dtype of products as the iterate, what comes of it, its Gram matrix
-    and the polynomial. Before the first product they are there three times in fp32. ZeRO 3 takes tensor by tensor.
+    In float32 there are at most the matrices as they came, the iterate, what comes of it, its Gram matrix and the
+    polynomial; with bfloat16 there is most before the first product: three of them in fp32, and their cast.
     """
-    width = 2 if work.newton_schulz_dtype == "bfloat16" else 4
     found = 0.0
     for (short, long), (whole, largest) in group.shapes.items():
         together = min(max(largest, min(BATCH, whole)), max(fraction * whole, short * long))
         together = largest if work.zero_stage == 3 else together
-        found = max(found, together * max(12, 4 + 2 * width * (1 + short / long)))
+        element = 14 if work.newton_schulz_dtype == "bfloat16" else 4 * (3 + 2 * short / long)
+        found = max(found, together * element)
     return found
 
 
