@@ -10,6 +10,7 @@ is allocated, PyTorch not even imported. The assumptions stand below what is pri
 """
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,20 +28,26 @@ from v4train.analysis.decode import (
     fp8_equivalents,
 )
 from v4train.analysis.flops import part_flops, training_flops_per_token
-from v4train.analysis.kv_cache import cache_bytes, deployed_bytes_per_token, deployed_cache_bytes
+from v4train.analysis.kv_cache import (
+    cache_bytes,
+    cache_bytes_per_token,
+    deployed_bytes_per_token,
+    deployed_cache_bytes,
+)
 from v4train.analysis.memory import GIB, peak_memory
 from v4train.analysis.parameters import counts_by_part, parameter_counts
 from v4train.analysis.step_time import bubble_fraction, traffic_per_rank
 from v4train.analysis.work import Work
 from v4train.errors import ConfigError, refusing_bad_input
-from v4train.estimation import read_work
+from v4train.estimation import read_works
 from v4train.model.config import ModelConfig, model_config
-from v4train.overrides import composed
+from v4train.overrides import complete, composed
 from v4train.structured import structured, wants_help
 
 FORMATS = ("table", "json")
+PLOTS = (".png", ".svg", ".pdf")
 WIDTH = 140  # of tables that no terminal shows
-CURVE = [2**power for power in range(12, 21)]  # contexts of the plot: 4K to 1M
+CURVE = [2**power for power in range(12, 21)]  # contexts of plot and JSON: 4K to 1M
 
 
 @dataclass
@@ -65,6 +72,14 @@ class EstimateConfig:
         if not (self.compare is None or isinstance(self.compare, list) and self.compare):
             raise ConfigError("estimate.compare", self.compare, "a list of models is expected", "e.g. [v32,flash,pro]")
         check_precisions(self.precisions, "estimate.precisions")
+        for name, rate in asdict(self.rates).items():
+            if not 0 < rate < math.inf:
+                raise ConfigError(f"estimate.rates.{name}", rate, "it must be above 0", "see conf/estimate.yaml")
+        if self.plot is not None and Path(self.plot).suffix not in PLOTS:
+            raise ConfigError("estimate.plot", self.plot, "unknown kind of file", f"use one of {', '.join(PLOTS)}")
+        if self.compare is not None and self.ranks is not None:
+            rule = "estimate.compare looks at models, not at a layout"
+            raise ConfigError("estimate.ranks", self.ranks, rule, "leave it out, or estimate.compare")
 
 
 def main(arguments: list[str]) -> None:
@@ -75,14 +90,21 @@ def main(arguments: list[str]) -> None:
     options = structured(EstimateConfig, composed("estimate", own).estimate, "estimate")
     if options.compare is None:
         config = composed("pretrain", overrides)
+        complete(config, overrides)
         model = model_config(config.model)
         models = {str(model.name): model}
-        result = {**decoding(model, options), **training(model, read_work(config, model, options.ranks))}
+        works = read_works(config, model, options.ranks)
+        work = max(works, key=lambda of: peak_memory(model, of).total)
+        result = {**decoding(model, options), **training(model, work)}
         text = json.dumps(result, indent=1) if options.format == "json" else shown(str(model.name), result, options)
     else:
         for word in overrides:
-            if word.startswith("model="):
-                raise ConfigError("model", word.partition("=")[2], "estimate.compare names the models", "leave it out")
+            key, _, value = word.partition("=")
+            if key == "model":
+                raise ConfigError("model", value, "estimate.compare names the models", "leave it out")
+            if not key.lstrip("+~").startswith("model."):
+                rule = "estimate.compare looks at models, not at a run or its layout"
+                raise ConfigError(key, value, rule, "leave it out, or estimate.compare")
         models = {
             str(name): model_config(composed("pretrain", [f"model={name}", *overrides]).model)
             for name in options.compare
@@ -97,10 +119,16 @@ def main(arguments: list[str]) -> None:
 def decoding(model: ModelConfig, options: EstimateConfig) -> dict[str, Any]:
     """Of one model: sizes, and what one decoded token costs at `estimate.context`."""
     total, active = parameter_counts(model)
+    parts = counts_by_part(model)
     flops = decode_by_product(model, options.context)
     weighted = fp8_equivalents(flops, options.precisions, options.rates)
     return {
-        "parameters": {"total": total, "active": active, "by_part": counts_by_part(model)},
+        "parameters": {
+            "total": total,
+            "active": active,
+            "total_with_mtp": sum(parts.values()),
+            "by_part": parts,
+        },
         "context": options.context,
         "decode_flops": sum(flops.values()),
         "decode_flops_by_product": flops,
@@ -111,7 +139,12 @@ def decoding(model: ModelConfig, options: EstimateConfig) -> dict[str, Any]:
             "bf16": cache_bytes(model, 1, options.context, 2),
             "fp32": cache_bytes(model, 1, options.context, 4),
         },
-        "kv_bytes_per_token": deployed_bytes_per_token(model),
+        "kv_bytes_per_token": {
+            "deployed": deployed_bytes_per_token(model),
+            "bf16": sum(cache_bytes_per_token(model, layer, 2) for layer in model.layers),
+            "fp32": sum(cache_bytes_per_token(model, layer, 4) for layer in model.layers),
+        },
+        "curve": curve(model, options),
     }
 
 
@@ -122,7 +155,8 @@ def training(model: ModelConfig, work: Work) -> dict[str, Any]:
         "layout": asdict(work) | {"ranks": work.world, "tokens_per_step": work.step_tokens},
         "training_flops_per_token": training_flops_per_token(model, work.sequence_length),
         "training_flops_by_part": training_parts(model, work.sequence_length),
-        "memory_gib": {name: size / GIB for name, size in asdict(memory).items()} | {"total": memory.total / GIB},
+        "memory_gib": {name: size / GIB for name, size in memory.parts.items()} | {"total": memory.total / GIB},
+        "memory_phase": memory.phase,
         "traffic_gib": {axis: sent / GIB for axis, sent in traffic_per_rank(model, work).items()},
         "bubble": bubble_fraction(work),
     }
@@ -144,9 +178,8 @@ def compared(models: dict[str, ModelConfig], options: EstimateConfig) -> dict[st
     for of in result.values():
         of["flops_ratio"] = of["decode_fp8_flops"] / first["decode_fp8_flops"]
         of["kv_ratio"] = of["kv_bytes"]["deployed"] / first["kv_bytes"]["deployed"]
-        of["kv_per_token_ratio"] = (
-            of["kv_bytes_per_token"] / first["kv_bytes_per_token"] if first["kv_bytes_per_token"] else None
-        )
+        growth = first["kv_bytes_per_token"]["deployed"]
+        of["kv_per_token_ratio"] = of["kv_bytes_per_token"]["deployed"] / growth if growth else None
     return result
 
 
@@ -167,7 +200,7 @@ def shown_beside(result: dict[str, dict[str, Any]], options: EstimateConfig) -> 
             f"{of['flops_ratio']:.2%}",
             figure(of["kv_bytes"]["deployed"] / GIB),
             f"{of['kv_ratio']:.2%}",
-            f"{of['kv_bytes_per_token']:,.1f}",
+            f"{of['kv_bytes_per_token']['deployed']:,.1f}",
         )
     parts = Table(title="GFLOPs (FP8) by kind of product")
     parts.add_column("model")
@@ -200,7 +233,7 @@ def shown(name: str, result: dict[str, Any], options: EstimateConfig) -> str:
         (
             "KV cache of a row",
             f"{kv['deployed'] / GIB:,.3f} GiB as deployed, {kv['bf16'] / GIB:,.3f} in bf16, {kv['fp32'] / GIB:,.3f} in "
-            f"fp32; {result['kv_bytes_per_token']:,.1f} bytes a token as deployed",
+            f"fp32; {result['kv_bytes_per_token']['deployed']:,.1f} bytes a token as deployed",
         ),
         ("layout", f"{layout['ranks']} ranks: {sizes}, ZeRO {layout['zero_stage']}"),
         (
@@ -209,7 +242,7 @@ def shown(name: str, result: dict[str, Any], options: EstimateConfig) -> str:
             f"{layout['sequence_length']:,} on each of {layout['data']} data ranks, {layout['optimizer']}, "
             f"{layout['precision']}, recompute {layout['recompute']}",
         ),
-        ("GiB of the fullest rank", joined(memory, memory["total"], per=1)),
+        (f"GiB of the fullest rank, in {result['memory_phase']}", joined(memory, memory["total"], per=1)),
         ("GiB that a rank sends a step", joined(result["traffic_gib"], sum(result["traffic_gib"].values()), per=1)),
         ("pipeline bubble", f"{result['bubble']:.1%}"),
     ]
@@ -264,10 +297,15 @@ def rendered(table: Table) -> str:
     return capture.get().rstrip("\n")
 
 
-def curve(model: ModelConfig, options: EstimateConfig, context: int) -> tuple[float, float]:
-    """(FLOPs of a decoded token in FP8's, cache bytes of a row as deployed)."""
-    flops = fp8_equivalents(decode_by_product(model, context), options.precisions, options.rates)
-    return sum(flops.values()), deployed_cache_bytes(model, context)
+def curve(model: ModelConfig, options: EstimateConfig) -> list[dict[str, float]]:
+    """At each context of CURVE: FLOPs of a decoded token, the same in FP8's, cache bytes of a row as deployed."""
+    points = []
+    for context in CURVE:
+        flops = decode_by_product(model, context)
+        weighted = fp8_equivalents(flops, options.precisions, options.rates)
+        point = {"context": context, "decode_flops": sum(flops.values()), "decode_fp8_flops": sum(weighted.values())}
+        points.append(point | {"kv_bytes": deployed_cache_bytes(model, context)})
+    return points
 
 
 def plot(models: dict[str, ModelConfig], options: EstimateConfig, path: Path) -> None:
@@ -279,9 +317,9 @@ def plot(models: dict[str, ModelConfig], options: EstimateConfig, path: Path) ->
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, model in models.items():
-        flops, cache = zip(*(curve(model, options, context) for context in CURVE), strict=True)
-        axes[0].plot(CURVE, [value / 1e9 for value in flops], marker="o", markersize=3, label=name)
-        axes[1].plot(CURVE, [value / GIB for value in cache], marker="o", markersize=3, label=name)
+        points = curve(model, options)
+        for ax, key, unit in zip(axes, ("decode_fp8_flops", "kv_bytes"), (1e9, GIB), strict=True):
+            ax.plot(CURVE, [point[key] / unit for point in points], marker="o", markersize=3, label=name)
     for ax, what in zip(axes, ("GFLOPs (FP8) of a decoded token", "KV cache of a row, GiB"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel=what)
         ax.set_xticks(CURVE, [f"{c // 1024}K" if c < 2**20 else "1M" for c in CURVE])

@@ -24,7 +24,7 @@ from pathlib import Path
 from v4train.analysis.memory import GIB, peak_memory
 from v4train.analysis.step_time import Device, Use, step_time
 from v4train.errors import refusing_bad_input
-from v4train.estimation import read_work
+from v4train.estimation import read_works
 from v4train.model.config import model_config
 from v4train.overrides import composed
 from v4train.structured import structured
@@ -42,25 +42,29 @@ def main(arguments: list[str]) -> None:
     common = ["model=benchmark", "train.global_batch_size=8", "train.sequence_length=512", "device=cpu", *overrides]
     if options.measure:
         return measure(Path(options.measure), options.steps, overrides)
-    rows = [compared(layout, options.ranks, options.steps, common) for layout in options.layouts]
+    plan = composed("plan", ["hardware=cpu"])
+    device, use = structured(Device, plan.devices.cpu, "devices.cpu"), Use(plan.efficiency, plan.overlap)
+    rows = [compared(layout, options, common, device, use) for layout in options.layouts]
     result = {"ranks": options.ranks, "layouts": rows, "pairs": right_pairs(rows)}
     print(json.dumps(result, indent=1))
 
 
-def compared(layout: str, ranks: int, steps: int, common: list[str]) -> dict[str, object]:
+def compared(
+    layout: str, options: argparse.Namespace, common: list[str], device: Device, use: Use
+) -> dict[str, object]:
     """Measured and formula of one layout."""
+    ranks, steps = options.ranks, options.steps
     overrides = [*common, *(f"parallelism.{key}" for key in layout.split())]
     config = composed("pretrain", overrides)
     model = model_config(config.model)
-    work = read_work(config, model, ranks)
-    plan = composed("plan", ["hardware=cpu"])
-    device, use = structured(Device, plan.devices.cpu, "devices.cpu"), Use(plan.efficiency, plan.overlap)
+    (work,) = read_works(config, model, ranks)
     seconds, memory = run(overrides, ranks, steps)
     _, of_process = run([*overrides, *TINY], ranks, 2)
     tiny = composed("pretrain", [*overrides, *TINY])
     small = model_config(tiny.model)
+    (small_work,) = read_works(tiny, small, ranks)
     memory -= of_process
-    expected = peak_memory(model, work).total - peak_memory(small, read_work(tiny, small, ranks)).total
+    expected = peak_memory(model, work).total - peak_memory(small, small_work).total
     return {
         "layout": layout,
         "gib": round(memory / GIB, 3),

@@ -1,38 +1,41 @@
 """Layouts for a model on so many GPUs: those that fit, best first, from formulas alone; the best as a configuration.
 
-    python tools/plan.py model=flash gpus=256 gpu_memory=80 train.global_batch_size=4096 train.sequence_length=4096 \\
-        precision=bf16 write=conf/parallelism/mine.yaml
+    python tools/plan.py model=flash gpus=256 gpu_memory=80 write=conf/parallelism/mine.yaml
+    python tools/plan.py model=pro gpus=512 hardware=h800 train.global_batch_size=6144 train.recompute=block
 
-Then `parallelism=mine` with the `train.*` keys that the file's head names. Keys of conf/plan.yaml describe the
-machine; all else are overrides of conf/, as in launch/pretrain.py. `parallelism.*` keys that are given hold for every
-layout that is tried, as do `train.micro_batch_size` and `train.recompute`. Step times serve to compare layouts: they
-rest on the few numbers of conf/plan.yaml. What memory is made of: `tools/estimate.py` with the layout.
+Then `parallelism=mine` with the keys that the file's head names. Keys of conf/plan.yaml describe the machine; all else
+are overrides of conf/, as in launch/pretrain.py. Precision, length and batch are those of a large run (`assumed` in
+conf/plan.yaml) unless they are given; a schedule with phases says the last two itself. What else is given of
+`parallelism`, `train.micro_batch_size` and `train.recompute` holds for every layout that is tried. Step times serve to
+compare layouts: they rest on the few numbers of conf/plan.yaml. What memory is made of: `tools/estimate.py` with the
+layout.
 """
 
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from v4train import durable
-from v4train.analysis.memory import GIB, Memory, stage_memory, static_memory
+from v4train.analysis.memory import GIB, Memory, least_memory, stage_memory
 from v4train.analysis.parameters import Share, stage_shares
 from v4train.analysis.step_time import Device, StepTime, Use, bubble_fraction, step_time
 from v4train.analysis.work import Work
 from v4train.errors import ConfigError, refusing_bad_input
-from v4train.estimation import read_batch, read_work
+from v4train.estimation import of_step, read_batch, read_layout, read_steps
 from v4train.model.config import ModelConfig, model_config
 from v4train.model.rules import RECOMPUTE_LEVELS
-from v4train.overrides import composed
+from v4train.overrides import complete, composed, config_dir
 from v4train.parallel.rules import check_layout_of
-from v4train.parallel.sizes import Sizes
+from v4train.parallel.sizes import AXES, ParallelismConfig, Sizes, check_values
 from v4train.structured import structured, wants_help
 
 FORMATS = ("table", "json")
@@ -46,7 +49,7 @@ class PlanConfig:
     """Values and their meaning: conf/plan.yaml."""
 
     gpus: int
-    gpu_memory: float
+    gpu_memory: float | None
     hardware: str
     write: str | None
     show: int
@@ -57,6 +60,7 @@ class PlanConfig:
     headroom: float
     efficiency: float
     overlap: float
+    assumed: dict[str, Any]
     devices: dict[str, Device]
 
     def __post_init__(self) -> None:
@@ -68,11 +72,12 @@ class PlanConfig:
         for key in ("gpus", "show", "max_pipeline", "max_tensor", "max_context"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "it must be at least 1", "choose a positive number")
-        for key, low, high in (("gpu_memory", 0, 1e6), ("efficiency", 0, 1)):
-            if not low < getattr(self, key) <= high:
-                raise ConfigError(
-                    key, getattr(self, key), f"it must lie above {low}, up to {high:g}", "see conf/plan.yaml"
-                )
+        for name, device in self.devices.items():
+            device.check(f"devices.{name}")
+        for key, high in (("gpu_memory", 1e6), ("efficiency", 1)):
+            value = getattr(self, key)
+            if value is not None and not 0 < value <= high:
+                raise ConfigError(key, value, f"it must lie above 0, up to {high:g}", "see conf/plan.yaml")
         for key in ("headroom", "overlap"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "it must lie in [0, 1)", "see conf/plan.yaml")
@@ -82,9 +87,14 @@ class PlanConfig:
         return self.devices[self.hardware]
 
     @property
+    def memory(self) -> float:
+        """GiB of a GPU."""
+        return self.device.memory if self.gpu_memory is None else self.gpu_memory
+
+    @property
     def room(self) -> float:
         """Bytes of a rank that a layout may use."""
-        return self.gpu_memory * GIB * (1 - self.headroom)
+        return self.memory * GIB * (1 - self.headroom)
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,9 @@ def main(arguments: list[str]) -> None:
     own = [word for word in arguments if word.lstrip("+~").partition("=")[0].partition(".")[0] in known]
     overrides = [word for word in arguments if word not in own]
     options = structured(PlanConfig, composed("plan", own), "")
+    overrides = completed(overrides, options.assumed)
     config = composed("pretrain", overrides)
+    complete(config, overrides)
     plans = Search(config, overrides, options).best_first()
     if options.write:
         write(plans[0], config, overrides, Path(options.write))
@@ -113,53 +125,59 @@ def main(arguments: list[str]) -> None:
         print(table(plans, str(config.model.name), options))
 
 
+def completed(overrides: list[str], assumed: dict[str, Any]) -> list[str]:
+    """With what is assumed of a run and neither the command line nor phases say."""
+    given = {word.lstrip("+").partition("=")[0] for word in overrides}
+    phases = composed("pretrain", overrides).schedule.phases is not None
+    values = {"precision": assumed["precision"]}
+    values |= {} if phases else {f"train.{key}": value for key, value in assumed["train"].items()}
+    return [*overrides, *(f"{key}={value}" for key, value in values.items() if key not in given)]
+
+
 class Search:
     """Every layout of the model on the GPUs, within the limits of `options` and what the command line fixes."""
 
     def __init__(self, config: DictConfig, overrides: list[str], options: PlanConfig) -> None:
-        self.config, self.options, self.batch = config, options, read_batch(config)
+        """Raises ConfigError for what no layout could have."""
+        self.options, self.batch, self.steps = options, read_batch(config), read_steps(config)
         self.model: ModelConfig = model_config(config.model)
-        keys = {word.lstrip("+").partition("=")[0]: word for word in overrides}
-        self.fixed = {
-            axis: config.parallelism[axis]
-            for axis in ("pipeline", "data", "context", "tensor", "expert", "zero_stage")
-            if f"parallelism.{axis}" in keys and config.parallelism[axis] is not None
-        }
+        keys = {word.lstrip("+").partition("=")[0] for word in overrides}
+        self.fixed = fixed_sizes(config, overrides)
+        check_fixed(self.fixed, self.model, options.gpus)
         self.recompute = [self.batch.recompute] if "train.recompute" in keys else list(RECOMPUTE_LEVELS)
-        self.words = self._words()
+        self.words = self._words(config)
         self._shares: dict[tuple[int, ...], list[Share]] = {}
 
     def best_first(self) -> list[Plan]:
         """Raises ConfigError where no layout fits."""
         plans, least = [], None
-        for work in self._works():
-            memory = self._memory(work)
+        use = Use(self.options.efficiency, self.options.overlap)
+        for works in self._works():
+            memory = max((self._memory(work) for work in works), key=lambda of: of.total)
             if memory.total > self.options.room:
                 least = min(least or memory.total, memory.total)
                 continue
-            use = Use(self.options.efficiency, self.options.overlap)
+            work = works[-1]
             plans.append(Plan(work, memory, step_time(self.model, work, self.options.device, use, self._of(work))))
         if not plans:
             self._refuse(least)
         return ordered(plans)
 
-    def _works(self) -> Iterator[Work]:
+    def _works(self) -> Iterator[list[Work]]:
+        """What each layout does, one of each phase's kinds of steps after another."""
         for sizes in self._sizes():
-            try:
-                check_layout_of(self.model, sizes, self.batch.sequence_length)
-            except ConfigError:
-                continue
-            rows = self.batch.global_batch_size // sizes.data
-            if self.batch.global_batch_size % sizes.data:
-                continue
-            micro = [self.batch.micro_batch_size] if self.batch.micro_batch_size else ROWS
-            micro = [size for size in micro if rows % size == 0]
-            stages = (0, 1) if sizes.pipeline > 1 else (0, 1, 2, 3)
-            stages = (self.fixed["zero_stage"],) if "zero_stage" in self.fixed else stages
-            for size, stage, recompute in itertools.product(micro, stages, self.recompute):
-                axes = {axis: getattr(sizes, axis) for axis in ("pipeline", "data", "context", "tensor", "expert")}
-                step = {"rows": size, "accumulation": rows // size, "recompute": recompute, "zero_stage": stage}
-                yield replace(self.words, **axes, **step)
+            axes = {axis: getattr(sizes, axis) for axis in (*AXES, "expert")}
+            stages = [self.fixed["zero_stage"]] if "zero_stage" in self.fixed else range(2 if sizes.pipeline > 1 else 4)
+            for stage, recompute in itertools.product(stages, self.recompute):
+                layout = replace(self.words, **axes, recompute=recompute, zero_stage=stage)
+                tried = [None] if all(step.micro_batch_size for step in self.steps) else ROWS
+                for rows in tried:
+                    steps = [step._replace(micro_batch_size=step.micro_batch_size or rows) for step in self.steps]
+                    try:
+                        works = [of_step(layout, self.model, step) for step in steps]
+                    except ConfigError:
+                        continue
+                    yield list(dict.fromkeys(works))
 
     def _sizes(self) -> Iterator[Sizes]:
         limits, gpus = self.options, self.options.gpus
@@ -173,7 +191,9 @@ class Search:
             data, rest = divmod(replicas, context)
             if left or rest or self.fixed.get("data", data) != data:
                 continue
-            experts = [self.fixed["expert"]] if "expert" in self.fixed else divisors(replicas)
+            experts = divisors(replicas)
+            if "expert" in self.fixed:
+                experts = [self.fixed["expert"] or replicas]
             for expert in experts:
                 if replicas % expert == 0:
                     yield Sizes(pipeline, data, context, tensor, expert)
@@ -186,26 +206,61 @@ class Search:
 
     def _memory(self, work: Work) -> Memory:
         shares = self._of(work)
-        static = max((static_memory(share, work) for share in shares), key=lambda memory: memory.total)
-        if static.total - static.working > self.options.room:  # activations can't help
-            return static
+        least = max((least_memory(share, work) for share in shares), key=lambda memory: memory.total)
+        if least.total > self.options.room:  # activations can't help
+            return least
         return max(stage_memory(self.model, work, shares), key=lambda memory: memory.total)
 
-    def _words(self) -> Work:
-        """What every layout shares: length, optimizer, precision; checked as a run's would be, on a rank."""
-        alone = self.config.copy()
+    def _words(self, config: DictConfig) -> Work:
+        """What every layout shares: optimizer, precision, DeepSpeed's keys; checked as a run's would be, on a rank."""
+        alone = config.copy()
         alone.parallelism.update({"data": None, "context": 1, "tensor": 1, "pipeline": 1, "expert": 1, "zero_stage": 1})
-        alone.train.micro_batch_size = None
-        return read_work(alone, self.model, 1)
+        device = "cpu" if self.options.hardware == "cpu" else "cuda"
+        return replace(read_layout(alone, self.model, 1), device=device)
 
     def _refuse(self, least: float | None) -> None:
-        gpus, memory = self.options.gpus, self.options.gpu_memory
-        if least is None:
-            rule = f"no layout of {gpus} GPUs shares out {self.batch.global_batch_size} rows of a step"
-            remedy = f"set train.global_batch_size to a multiple of {gpus}, or give fewer gpus"
-            raise ConfigError("gpus", gpus, rule, remedy)
-        rule = f"the smallest layout tried needs {least / GIB:.1f} GiB a GPU, {self.options.headroom:.0%} kept free"
-        raise ConfigError("gpu_memory", memory, rule, "give more gpus, or a shorter train.sequence_length")
+        options = self.options
+        if least is not None:
+            rule = f"the smallest layout tried needs {least / GIB:.1f} GiB a GPU, {options.headroom:.0%} kept free"
+            remedy = "give more gpus, a shorter train.sequence_length, or raise max_pipeline, max_tensor, max_context"
+            raise ConfigError("gpu_memory", options.memory, rule, remedy)
+        rows = " and ".join(dict.fromkeys(str(step.global_batch_size) for step in self.steps))
+        rule = f"no layout of {options.gpus} GPUs shares out {rows} rows of a step"
+        if self.fixed:
+            rule += " with " + ", ".join(
+                f"parallelism.{key}={'all' if size is None else size}" for key, size in self.fixed.items()
+            )
+        remedy = "make train.global_batch_size a multiple of it, raise max_pipeline, max_tensor or max_context"
+        raise ConfigError("gpus", options.gpus, rule, remedy + (", or fix less of parallelism" if self.fixed else ""))
+
+
+def fixed_sizes(config: DictConfig, overrides: list[str]) -> dict[str, int | None]:
+    """Of `parallelism` what the command line says, by single keys or by an option; None of expert: all ranks."""
+    words = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
+    given = {key.partition(".")[2] for key in words if key.startswith("parallelism.")}
+    if "parallelism" in words and words["parallelism"] != "auto":  # which has every key, and decides none
+        given |= set(OmegaConf.load(config_dir() / "parallelism" / f"{words['parallelism']}.yaml"))
+    parallelism = structured(ParallelismConfig, config.parallelism, "parallelism")
+    check_values(parallelism)
+    known = {key: getattr(parallelism, key) for key in (*AXES, "expert", "zero_stage") if key in given}
+    return {key: size for key, size in known.items() if size is not None or key == "expert"}
+
+
+def check_fixed(fixed: dict[str, int | None], model: ModelConfig, gpus: int) -> None:
+    """Raise ConfigError, by its key, for a size that so many GPUs or the model don't divide into."""
+    sizes = {axis: fixed[axis] for axis in (*AXES, "expert") if fixed.get(axis)}
+    left = gpus
+    for axis in AXES:
+        size = sizes.get(axis, 1)
+        if left % size:
+            others = " x ".join(f"{name} {sizes[name]}" for name in AXES[: AXES.index(axis)] if name in sizes)
+            rule = f"it must divide {gpus} GPUs" + (f" over {others}" if others else "")
+            raise ConfigError(f"parallelism.{axis}", size, rule, f"for example {math.gcd(size, left)}")
+        left //= size
+    if gpus % (sizes.get("expert", 1) * sizes.get("pipeline", 1) * sizes.get("tensor", 1)):
+        rule = f"it must divide {gpus} GPUs over pipeline and tensor"
+        raise ConfigError("parallelism.expert", sizes["expert"], rule, f"for example {math.gcd(sizes['expert'], gpus)}")
+    check_layout_of(model, Sizes(**sizes), sizes.get("context", 1))
 
 
 def ordered(plans: list[Plan]) -> list[Plan]:
@@ -228,7 +283,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     work, memory, time = plan.work, plan.memory, plan.time
     return {
         "layout": asdict(work),
-        "memory_gib": {name: size / GIB for name, size in asdict(memory).items()} | {"total": memory.total / GIB},
+        "memory_gib": {name: size / GIB for name, size in memory.parts.items()} | {"total": memory.total / GIB},
+        "memory_phase": memory.phase,
         "seconds": {k: v for k, v in asdict(time).items() if k not in ("traffic", "mfu")} | {"total": time.total},
         "traffic_gib": {axis: sent / GIB for axis, sent in time.traffic.items()},
         "bubble": bubble_fraction(work),
@@ -239,7 +295,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def table(plans: list[Plan], model: str, options: PlanConfig) -> str:
     work = plans[0].work
-    title = f"{model} on {options.gpus} x {options.hardware}, {options.gpu_memory:g} GiB each: {len(plans)} layouts fit"
+    title = f"{model} on {options.gpus} x {options.hardware}, {options.memory:g} GiB each: {len(plans)} layouts fit"
     shown = Table(title=f"{title}; {work.step_tokens:,} tokens a step, {work.optimizer}, {work.precision}")
     for name in ("pipeline", "data", "context", "tensor", "expert", "ZeRO", "rows", "recompute"):
         shown.add_column(name, justify="right")

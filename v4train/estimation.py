@@ -1,7 +1,8 @@
 """From a composed configuration to what the formulas of `analysis` take. Without PyTorch."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -10,10 +11,19 @@ from v4train.analysis.work import Work
 from v4train.errors import ConfigError
 from v4train.model.config import ModelConfig
 from v4train.model.rules import RECOMPUTE_LEVELS
-from v4train.optim.config import OPTIMIZERS
+from v4train.optim.config import OptimizerConfig
 from v4train.parallel.rules import check_layout_of
-from v4train.parallel.sizes import AXES, ParallelismConfig, check_batch, check_layout, default_micro_batch
+from v4train.parallel.sizes import (
+    AXES,
+    ParallelismConfig,
+    Sizes,
+    check_batch,
+    check_layout,
+    check_values,
+    default_micro_batch,
+)
 from v4train.structured import structured
+from v4train.train.phases import read_phases
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -28,32 +38,81 @@ class Batch:
     recompute: str
 
 
-def read_work(config: DictConfig, model: ModelConfig, ranks: int | None = None) -> Work:
-    """What `config`, composed from conf/pretrain.yaml, does in a step on so many ranks; None: as few as it needs.
+class Step(NamedTuple):
+    """What steps of a run have in common. prefix: of the keys that say so, in messages."""
+
+    sequence_length: int
+    global_batch_size: int
+    micro_batch_size: int | None
+    prefix: str = "train"
+
+
+def read_works(config: DictConfig, model: ModelConfig, ranks: int | None = None) -> list[Work]:
+    """What `config`, composed from conf/pretrain.yaml, does in its steps on so many ranks, phase by phase.
+
+    ranks: None for as few as it needs.
 
     Raises:
         ConfigError: a rule broken that training would refuse too.
     """
+    layout = read_layout(config, model, ranks)
+    return list(dict.fromkeys(of_step(layout, model, step) for step in read_steps(config)))
+
+
+def read_layout(config: DictConfig, model: ModelConfig, ranks: int | None = None) -> Work:
+    """The same but for the sizes of steps: of one row of one token a rank. Raises ConfigError as `read_works` does."""
     parallelism = structured(ParallelismConfig, config.parallelism, "parallelism")
-    batch = read_batch(config)
-    ranks = ranks or fewest_ranks(parallelism)
-    sizes = check_layout(parallelism, ranks)
-    check_layout_of(model, sizes, batch.sequence_length)
-    check_batch(batch.global_batch_size, batch.micro_batch_size, sizes.data)
-    rows = batch.global_batch_size // sizes.data
-    bucket = OmegaConf.select(config, "parallelism.deepspeed.zero_optimization.reduce_bucket_size")
-    micro = batch.micro_batch_size or default_micro_batch(rows, sizes.pipeline)
+    optimizer = structured(OptimizerConfig, config.optimizer, "optimizer")
+    precision = _word(config, "precision", PRECISIONS)
+    optimizer.resolve_dtype(precision)
+    check_values(parallelism)
+    sizes = check_layout(parallelism, ranks or fewest_ranks(parallelism))
+    check_layout_of(model, sizes, sizes.context)
     return Work(
-        sequence_length=batch.sequence_length,
-        rows=micro,
-        accumulation=rows // micro,
-        recompute=batch.recompute,
+        sequence_length=sizes.context,
+        recompute=read_batch(config).recompute,
         zero_stage=parallelism.zero_stage,
-        optimizer=_word(config, "optimizer.name", OPTIMIZERS),
-        precision=_word(config, "precision", PRECISIONS),
-        **({"bucket": int(bucket)} if bucket else {}),
+        optimizer=optimizer.name,
+        newton_schulz_steps=sum(optimizer.newton_schulz_steps),
+        newton_schulz_dtype=optimizer.newton_schulz_dtype,
+        precision=precision,
+        device="cpu" if config.device == "cpu" else "cuda",
+        **_bucket(config),
         **{axis: getattr(sizes, axis) for axis in (*AXES, "expert")},
     )
+
+
+def of_step(layout: Work, model: ModelConfig, step: Step) -> Work:
+    """`layout` in such a step. Raises ConfigError where its rows or tokens can't be shared out."""
+    sizes = Sizes(**{axis: getattr(layout, axis) for axis in (*AXES, "expert")})
+    check_layout_of(model, sizes, step.sequence_length, f"{step.prefix}.sequence_length")
+    check_batch(step.global_batch_size, step.micro_batch_size, sizes.data, step.prefix)
+    rows = step.global_batch_size // sizes.data
+    micro = step.micro_batch_size or default_micro_batch(rows, sizes.pipeline)
+    return replace(layout, sequence_length=step.sequence_length, rows=micro, accumulation=rows // micro)
+
+
+def read_steps(config: DictConfig) -> list[Step]:
+    """Of the phases of `schedule.phases`, each size of a growing batch, or what `train` says; in order."""
+    batch = read_batch(config)
+    if config.schedule.phases is None:
+        return [Step(batch.sequence_length, batch.global_batch_size, batch.micro_batch_size)]
+    phases = OmegaConf.to_container(config.schedule.phases, resolve=True)
+    return [
+        Step(phase.sequence_length, rows, phase.micro_batch_size or batch.micro_batch_size, f"schedule.phases.{number}")
+        for number, phase in enumerate(read_phases(phases))
+        for rows, _ in phase.batches
+    ]
+
+
+def _bucket(config: DictConfig) -> dict[str, int]:
+    key = "parallelism.deepspeed.zero_optimization.reduce_bucket_size"
+    value = OmegaConf.select(config, key)
+    if value is None:
+        return {}
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+        raise ConfigError(key, value, "it must be a number of elements, at least 1", "leave it out for 500000000")
+    return {"bucket": int(value)}
 
 
 def fewest_ranks(parallelism: ParallelismConfig) -> int:

@@ -58,3 +58,7 @@ def test_parameters():
     assert gradient_bytes(1000, 4, 0) == 2 * 1000 * 3 * BYTES
     assert gradient_bytes(1000, 4, 1) == 3 * 1000 * 3 * BYTES
     assert muon_bytes(1000, 2, 4, 0) == 4 * muon_bytes(1000, 2, 4, 1) == 4 * 1000 * BYTES
+    # ZeRO 3: parameters twice and gradients; Muon sums these everywhere, and gathers its matrices' four times
+    assert gradient_bytes(1000, 4, 3, 2) == 2 * 3 * 1000 * 3 * BYTES
+    assert gradient_bytes(1000, 4, 3, 2, matrices=900) == (2 * 4 * 1000 + 4 * 900) * 3 * BYTES
+    assert gradient_bytes(1000, 4, 1, matrices=900) == gradient_bytes(1000, 4, 1)

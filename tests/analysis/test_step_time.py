@@ -7,21 +7,34 @@ from v4train.analysis.activations import unit_bytes
 from v4train.analysis.communication import activation_bytes, gradient_bytes
 from v4train.analysis.flops import part_flops, training_flops_per_token
 from v4train.analysis.parameters import stage_shares
-from v4train.analysis.step_time import PASSES, Device, Use, bubble_fraction, exchanges, step_time, traffic_per_rank
+from v4train.analysis.step_time import (
+    PASSES,
+    STATE_PASSES,
+    WEIGHT_PASSES,
+    Device,
+    Use,
+    bubble_fraction,
+    exchanges,
+    step_time,
+    traffic_per_rank,
+)
 from v4train.analysis.work import Work
 
-DEVICE = Device(2e9, 1e9, node=2, node_bandwidth=1e6, bandwidth=1e3, memory_bandwidth=1e8, latency=0.1)
+DEVICE = Device(2e9, 1e9, node=2, node_bandwidth=1e6, bandwidth=1e3, memory=1, memory_bandwidth=1e8, latency=0.1)
 USE = Use(efficiency=0.5, overlap=0.25)
 CONFIG = tiny_config("swa csa hca", mtp__num_layers=0)
+SIZE = stage_shares(CONFIG, Work(64))[0].size
 
 
 def test_one_rank_computes():
     work = Work(64, rows=2, accumulation=3, optimizer="adamw", zero_stage=0)
     time = step_time(CONFIG, work, DEVICE, USE)
     flops = 3 * 128 * training_flops_per_token(CONFIG, 64)
-    passes = 3 * PASSES * sum(unit_bytes(CONFIG, work)) / 1e8
+    weights = 4 * SIZE
+    passes = 3 * (PASSES * sum(unit_bytes(CONFIG, work)) + WEIGHT_PASSES * weights) / 1e8
     assert time.compute == pytest.approx(flops / 0.5e9 + passes)
-    assert time.bubble == time.optimizer == time.communication == 0
+    assert time.optimizer == pytest.approx(STATE_PASSES * weights / 1e8)
+    assert time.bubble == time.communication == 0
     assert time.mfu == pytest.approx(flops / 1e9 / time.total)
 
 
@@ -29,7 +42,7 @@ def test_bf16_is_at_another_rate():
     seconds = []
     for precision in ("fp32", "bf16"):
         work = Work(64, optimizer="adamw", precision=precision)
-        passes = PASSES * sum(unit_bytes(CONFIG, work)) / 1e8
+        passes = (PASSES * sum(unit_bytes(CONFIG, work)) + WEIGHT_PASSES * 4 * SIZE) / 1e8
         seconds.append(step_time(CONFIG, work, DEVICE, USE).compute - passes)
     assert seconds[0] == pytest.approx(2 * seconds[1])
 
@@ -40,6 +53,35 @@ def test_recomputation_adds_a_forward_of_the_blocks():
     assert again.compute - plain.compute == pytest.approx(64 * blocks / 3 / 0.5e9)
     part = step_time(CONFIG, Work(64, optimizer="adamw", recompute="attention"), DEVICE, USE)
     assert plain.compute < part.compute < again.compute
+
+
+def test_recomputation_reaches_the_block_of_mtp():
+    """And not the head that MTP calls, nor its projections."""
+    with_mtp, without = tiny_config("swa csa hca"), CONFIG
+    more = []
+    for config in (with_mtp, without):
+        plain, again = (
+            step_time(config, Work(64, optimizer="adamw", recompute=r), DEVICE, USE) for r in ("none", "block")
+        )
+        more.append((again.compute - plain.compute) * 0.5e9 / 64)
+    block = part_flops(with_mtp, 64)[5] / 3
+    outside = 2 * ((1 + with_mtp.num_streams) * with_mtp.hidden_size**2) + part_flops(without, 64)[4] / 3
+    assert more[0] - more[1] == pytest.approx(block - outside, rel=1e-6)
+
+
+def test_the_optimizer():
+    """ZeRO shares out what is updated; Newton-Schulz is as often, and in the dtype, as the options say."""
+    seconds = [
+        step_time(CONFIG, Work(64, data=data, zero_stage=1, optimizer="adamw"), DEVICE, USE).optimizer
+        for data in (1, 4)
+    ]
+    assert seconds[0] == pytest.approx(4 * seconds[1])
+    passes = STATE_PASSES * 4 * SIZE / 1e8
+    fp32, shorter, bf16 = (
+        step_time(CONFIG, Work(64, zero_stage=0, **of), DEVICE, USE).optimizer - passes
+        for of in ({}, {"newton_schulz_steps": 5}, {"newton_schulz_dtype": "bfloat16"})
+    )
+    assert fp32 == pytest.approx(2 * shorter) == pytest.approx(2 * bf16)
 
 
 @pytest.mark.parametrize(("stages", "micro_batches", "share"), [(1, 4, 0), (4, 1, 3 / 4), (4, 12, 3 / 15)])

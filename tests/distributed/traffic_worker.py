@@ -74,7 +74,8 @@ def expected_bytes(made: Settings, engine: Engine, accumulation: int) -> dict[st
     for group in engine.groups:
         number = sum(parameter.numel() for parameter in group.parameters.values())
         replicas = sizes.replicas // (sizes.expert if group.is_part("expert") else 1)
-        of_gradients += gradient_bytes(number, replicas, stage, accumulation) / replicas
+        matrices = (number if group.use_muon else 0) if made.optimizer.name == "muon" else None
+        of_gradients += gradient_bytes(number, replicas, stage, accumulation, matrices) / replicas
         if group.use_muon and any(axis == "tensor" and dim >= -2 for axis, dim in group.parts):
             whole = muon_bytes(number * sizes.tensor, sizes.tensor, replicas, stage)
             of_muon += whole / (replicas * sizes.tensor)

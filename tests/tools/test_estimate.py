@@ -76,6 +76,25 @@ def test_ranks_of_a_layout(tool, capsys):
     assert (layout["ranks"], layout["tensor"], layout["data"]) == (4, 2, 2)
 
 
+def test_the_phase_that_needs_most(tool, capsys):
+    """v4_small's rows of 512 tokens, not the last phase's micro-batches of one."""
+    given = ["model=flash_small", "schedule=v4_small", "+schedule.phases.2.micro_batch_size=1", "estimate.format=json"]
+    layout = json.loads(printed(tool, capsys, *given))["layout"]
+    assert (layout["sequence_length"], layout["rows"], layout["accumulation"]) == (512, 4, 1)
+
+
+def test_json_has_the_curve_and_every_precision(tool, capsys):
+    result = json.loads(printed(tool, capsys, "model=flash", "estimate.context=4096", "estimate.format=json"))
+    assert [point["context"] for point in result["curve"]] == [2**power for power in range(12, 21)]
+    first = result["curve"][0]
+    assert first["decode_flops"] == result["decode_flops"] and first["kv_bytes"] == result["kv_bytes"]["deployed"]
+    assert first["decode_fp8_flops"] == result["decode_fp8_flops"]
+    growth = result["kv_bytes_per_token"]
+    assert growth["fp32"] == 2 * growth["bf16"] > 2 * growth["deployed"]
+    counts = result["parameters"]
+    assert counts["total_with_mtp"] - counts["total"] == counts["by_part"]["mtp"]
+
+
 def test_the_plot(tool, capsys, tmp_path):
     printed(tool, capsys, "estimate.compare=[v32_small,flash_small]", f"estimate.plot={tmp_path / 'curves.png'}")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -94,6 +113,18 @@ def test_the_plot(tool, capsys, tmp_path):
         (["parallelism.tensor=3"], "parallelism.tensor=3: .* must be a multiple of it"),
         (["train.recompute=all"], "train.recompute=all: unknown level"),
         (["train.global_batch_size=0"], "train.global_batch_size=0: it must be at least 1"),
+        (["estimate.rates.fp8=-1"], "estimate.rates.fp8=-1.0: it must be above 0"),
+        (["estimate.plot=x.txt"], "estimate.plot=x.txt: unknown kind of file; use one of .png"),
+        (["estimate.compare=[pro]", "estimate.ranks=4"], "estimate.ranks=4: estimate.compare looks at models"),
+        (["estimate.compare=[pro]", "parallelism=pro"], "parallelism=pro: estimate.compare looks at models"),
+        (["parallelism.expert=0"], "parallelism.expert=0: it must be at least 1"),
+        (["parallelism.tensor=0"], "parallelism.tensor=0: it must be at least 1"),
+        (["parallelism.zero_stage=9"], "parallelism.zero_stage=9: ZeRO has stages 0 to 3"),
+        (
+            ["+parallelism.deepspeed.zero_optimization.reduce_bucket_size=abc"],
+            "reduce_bucket_size=abc: it must be a number of elements",
+        ),
+        (["schedule=v4_small", "train.sequence_length=64"], "train.sequence_length=.*: the phases of this schedule"),
         (["parallelism=zero1", "estimate.ranks=3"], "train.global_batch_size=4: it must be a multiple of"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 
 from v4train.train.allocator import TUNABLES, restart_tuned, tuned_environment
 
+RUN = {"capture_output": True, "text": True, "timeout": 100, "check": True}
 PROGRAM = """
 import resource, sys, torch
 from v4train.train.allocator import keep_freed_memory
@@ -31,6 +32,35 @@ def faults_of_later_steps(what):
 def test_memory_taken_again_is_mapped_already():
     """glibc's; elsewhere there is nothing to tell."""
     assert faults_of_later_steps("keep") < faults_of_later_steps("default") / 4
+
+
+THREADS = """
+import resource, threading, torch
+from v4train.train.allocator import keep_freed_memory
+keep_freed_memory()
+end = threading.Event()
+def copy(made):
+    torch.ones(12 * 2**20)  # 48 MiB
+    made.set()
+    end.wait()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before = peak()
+for _ in range(4):
+    threading.Thread(target=copy, args=[made := threading.Event()]).start()
+    made.wait()
+end.set()
+print(peak() - before)
+"""
+
+
+def test_what_a_thread_has_freed_serves_the_others():
+    """Four threads, one after another, take 48 MiB: once in all, and without the setting once each."""
+    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    mebibytes = [
+        float(subprocess.run([sys.executable, "-c", THREADS], env=environment, **RUN).stdout)
+        for environment in (tuned_environment(plain), plain)
+    ]
+    assert mebibytes[0] < 2 * 48 < 3 * 48 < mebibytes[1]
 
 
 def test_what_the_environment_says_of_the_allocator_stays():

@@ -61,7 +61,7 @@ def test_what_it_shows_and_leaves(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
     config = model_config(composed("pretrain", overrides).model)
-    memory = peak_memory(config, Work(96, rows=4)).total / GIB
+    memory = peak_memory(config, Work(96, rows=4, device="cpu")).total / GIB
     assert f"{memory:.3g} GiB on it" in lines["memory"]
     assert "384 positions" in lines["first"] and "10 steps of 1 x 4 rows of 96 tokens" in lines["training"]
     assert not (tmp_path / "dry").exists()

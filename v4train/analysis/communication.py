@@ -63,15 +63,19 @@ def activation_bytes(config: ModelConfig, work: Work) -> dict[str, float]:
     return sent
 
 
-def gradient_bytes(parameters: int, replicas: int, zero_stage: int, accumulation: int = 1) -> float:
+def gradient_bytes(
+    parameters: int, replicas: int, zero_stage: int, accumulation: int = 1, matrices: int | None = None
+) -> float:
     """Bytes that `replicas` ranks send in a step for parameters that each of them trains, by DeepSpeed 0.19.8's ways.
 
     Stages 0 to 2 sum gradients everywhere, stage 2 those of each micro-batch, and 1 and 2 gather what each rank has
-    updated. Stage 3 sums each micro-batch's where they belong, and gathers parameters for its forward and backward
-    pass: at most, since it keeps some in between.
+    updated. Stage 3 gathers parameters for the forward and the backward pass of each micro-batch: at most, since it
+    keeps some in between. It sums gradients where they belong; with Muon everywhere, and gathers gradients and momenta
+    of its `matrices` before and after their updates. matrices: elements that are Muon's; None without Muon.
     """
-    times = {0: 2, 1: 3, 2: 2 * accumulation + 1, 3: 3 * accumulation}[zero_stage]
-    return times * parameters * (replicas - 1) * BYTES
+    times = {0: 2, 1: 3, 2: 2 * accumulation + 1, 3: (3 if matrices is None else 4) * accumulation}[zero_stage]
+    gathered = 4 * (matrices or 0) if zero_stage == 3 else 0
+    return (times * parameters + gathered) * (replicas - 1) * BYTES
 
 
 def muon_bytes(parameters: int, shares: int, replicas: int, zero_stage: int) -> float:

@@ -42,6 +42,14 @@ def attention_flops(config: ModelConfig, sequence_length: int) -> list[float]:
     return [a + b for a, b in zip([0, *projections, 0, *of_mtp], _part_cores(config, sequence_length), strict=True)]
 
 
+def block_flops(config: ModelConfig, sequence_length: int) -> list[float]:
+    """Forward FLOPs per token of the blocks of each of `Transformer.parts`, MTP's block without its projections."""
+    layers = [*zip(config.layers, config.ffn_kinds, strict=True)]
+    blocks = [2 * _block(config, layer, ffn) for layer, ffn in layers]
+    of_mtp = [2 * _block(config, config.mtp_layer, config.mtp_ffn)] * config.mtp.num_layers
+    return [a + b for a, b in zip([0, *blocks, 0, *of_mtp], _part_cores(config, sequence_length), strict=True)]
+
+
 def _part_matrices(config: ModelConfig) -> list[int]:
     hidden = config.hidden_size
     blocks = [_block(config, layer, ffn) for layer, ffn in zip(config.layers, config.ffn_kinds, strict=True)]

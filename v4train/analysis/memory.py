@@ -1,13 +1,20 @@
 """Training memory of a rank, in closed form: what v4train and DeepSpeed 0.19.8 hold at the peak of a step.
 
     weights       fp32, all that the rank trains; in ZeRO 3 its part, and what is gathered at a time
-    gradients     fp32, whole in ZeRO 0-1, the rank's part in 2-3
+    gradients     fp32, those that have a place of their own
     optimizer     AdamW: two numbers a parameter, Muon: one; from ZeRO 1 on of the rank's part, and its fp32 masters.
-                  ZeRO 1-2 keep Muon's momentum by whole tensors
+                  ZeRO 1-2 keep Muon's momentum twice: as it stands, and as the step will leave it
     buffers       the bucket that gradients are reduced from (ZeRO 1-3), routing tables and biases, the embedding of
-                  another stage
+                  another stage, what pipeline stages hand on
     activations   what backward needs of all micro-batches in flight, bf16 copies of weights included
-    working       what is at work at a time: in backward, or in the optimizer's step, which never meet
+    working       what is at work at a time
+
+A step passes through phases that never meet, and each is a sum of its own; the largest is the peak:
+
+    backward      all gradients and all activations at once: so it is with accumulation, and without it at most
+    reduction     of gradients among replicas, from flat copies
+    muon          updates of one group of matrices after another
+    step          of the flat parts that ZeRO keeps
 
 Not counted: the process itself (Python, PyTorch, CUDA's context), NCCL's buffers, holes between blocks of memory.
 """
@@ -15,18 +22,21 @@ Not counted: the process itself (Python, PyTorch, CUDA's context), NCCL's buffer
 from dataclasses import dataclass
 
 from v4train.analysis.activations import recomputed_bytes, unit_bytes, working_bytes
-from v4train.analysis.parameters import Share, copied_embedding, stage_shares
+from v4train.analysis.parameters import MuonGroup, Share, copied_embedding, stage_shares
 from v4train.analysis.work import Work
 from v4train.model.config import ModelConfig
+from v4train.optim.config import BATCH
 
 LIVE = 1_000_000_000  # numbers that ZeRO 3 keeps gathered, at most: its max_live_parameters
+WHOLE_BUCKET = 500_000_000  # numbers that ZeRO 0 reduces at a time: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank."""
+    """Bytes on one rank in one phase of a step."""
 
+    phase: str
     weights: float
     gradients: float
     optimizer: float
@@ -35,8 +45,24 @@ class Memory:
     working: float
 
     @property
+    def parts(self) -> dict[str, float]:
+        names = ("weights", "gradients", "optimizer", "buffers", "activations", "working")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.working
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of micro-batches: `held` by all in flight, `working` at a time, `handed_on` between stages; `fixed` of
+    tables and copies that no phase is without."""
+
+    held: float = 0
+    working: float = 0
+    handed_on: float = 0
+    fixed: float = 0
 
 
 def peak_memory(config: ModelConfig, work: Work) -> Memory:
@@ -45,61 +71,175 @@ def peak_memory(config: ModelConfig, work: Work) -> Memory:
 
 
 def stage_memory(config: ModelConfig, work: Work, shares: list[Share] | None = None) -> list[Memory]:
-    """Of a rank of each pipeline stage. shares: `stage_shares`, where they are known already."""
+    """Of a rank of each pipeline stage, at its peak. shares: `stage_shares`, where they are known already."""
     shares = shares or stage_shares(config, work)
     units = unit_bytes(config, work)
     at_a_time = recomputed_bytes(config, work) + working_bytes(config, work)
     copied = copied_embedding(config, work)
     stages = []
     for stage, share in enumerate(shares):
-        last = stage == work.pipeline - 1
         in_flight = min(work.pipeline - stage, work.accumulation)
         kept = sum(units[share.units])
         if work.precision == "bf16" and work.recompute != "block":
             kept += 2 * share.cast
-        copy = 2 * 4 * copied if last else 0  # weights and gradient
-        static = static_memory(share, work)
-        tables = _tables(config) if stage == 0 else 0
-        stages.append(
-            Memory(
-                static.weights,
-                static.gradients,
-                static.optimizer,
-                static.buffers + copy + tables,
-                in_flight * kept,
-                max(at_a_time, static.working - in_flight * kept),
-            )
-        )
+        fixed = (2 * 4 * copied if stage == work.pipeline - 1 else 0) + (_tables(config) if stage == 0 else 0)
+        needs = Needs(in_flight * kept, at_a_time, _handed_on(config, work, stage, in_flight), fixed)
+        stages.append(max(phases(share, work, needs), key=lambda memory: memory.total))
     return stages
 
 
-def static_memory(share: Share, work: Work) -> Memory:
-    """What depends on no micro-batch; `working` is that of the optimizer's step."""
-    stage, replicas = work.zero_stage, work.replicas
-    dense, experts = 1 / replicas, work.expert / replicas  # parts that ZeRO makes
+def least_memory(share: Share, work: Work) -> Memory:
+    """What no choice of micro-batch or recomputation gets below."""
+    return max(phases(share, work, Needs()), key=lambda memory: memory.total)
 
-    def part(size: float, of_experts: float) -> float:
-        return (size - of_experts) * dense + of_experts * experts
 
-    own = part(share.size, share.experts)
-    muon = work.optimizer == "muon"
-    matrices, of_experts = (share.matrices, share.expert_matrices) if muon else (0, 0)
-    own_matrices = part(matrices, of_experts)
-    # Muon's momentum of a tensor that straddles two ranks' parts is on both
-    straddling = share.largest if muon and replicas > 1 and stage in (1, 2) else 0
-    # Newton-Schulz: the iterate, its Gram matrix, the polynomial, what comes of them, and the update
-    orthogonal = 4 * 5 * share.largest if muon else 0
-    if stage == 0:
-        state = 4 * matrices + 8 * (share.size - matrices)
-        return Memory(4 * share.size, 4 * share.size, state, 0, 0, orthogonal)
-    state = 4 * own + 4 * (own_matrices + straddling) + 8 * (own - own_matrices)
-    bucket = 4 * min(work.bucket, share.size)
-    if stage == 3:
-        gathered = 4 * min(LIVE, share.size)
-        return Memory(4 * own + gathered, 4 * own, state, bucket, 0, orthogonal + 4 * own)
-    gradients = 4 * (share.size if stage == 1 else own)
-    # The step flattens a group's gradients; a step's momentum is staged beside the old one until it is known to stand
-    return Memory(4 * share.size, gradients, state, bucket, 0, orthogonal + 4 * own + 4 * (own_matrices + straddling))
+def phases(share: Share, work: Work, needs: Needs) -> list[Memory]:
+    """What a rank with this share holds in each phase of a step."""
+    muon = _Muon.of(share, work) if work.optimizer == "muon" else _Muon()
+    own = 4 * _part(share.size, share.experts, work)
+    of = {0: _whole, 1: _sharded_states, 2: _sharded_gradients, 3: _sharded_weights}[work.zero_stage]
+    return of(4 * share.size, own, muon, work, needs)
+
+
+@dataclass(frozen=True)
+class _Muon:
+    """Bytes of a rank's matrices: all, its parts, those that straddle two parts; at work, the copies of one group and
+    Newton-Schulz on some of them."""
+
+    matrices: float = 0
+    own: float = 0
+    straddling: float = 0
+    copies: float = 0
+    newton_schulz: float = 0
+    group: float = 0  # its part of the largest group, as it holds it
+    largest: float = 0  # one tensor
+
+    @classmethod
+    def of(cls, share: Share, work: Work) -> "_Muon":
+        groups = share.groups.values()
+        if not groups:
+            return cls()
+        shared_out = work.replicas > 1 and work.zero_stage > 0
+        fractions = [_fraction(group.expert, work) if work.zero_stage else 1.0 for group in groups]
+        return cls(
+            4 * share.matrices,
+            4 * _part(share.matrices, share.expert_matrices, work),
+            4 * max(group.matrix for group in groups) if shared_out else 0,  # both of its ranks make it
+            4 * max(group.whole * fraction for group, fraction in zip(groups, fractions, strict=True)),
+            max(newton_schulz_bytes(group, fraction, work) for group, fraction in zip(groups, fractions, strict=True)),
+            4 * max(group.size * fraction for group, fraction in zip(groups, fractions, strict=True)),
+            4 * max(largest for group in groups for _, largest in group.shapes.values()),
+        )
+
+
+def newton_schulz_bytes(group: MuonGroup, fraction: float, work: Work) -> float:
+    """At work on as many matrices of one shape as go through the iteration together; ZeRO 3 takes tensor by tensor.
+
+    In float32 there are at most the matrices as they came, the iterate, what comes of it, its Gram matrix and the
+    polynomial; with bfloat16 there is most before the first product: three of them in fp32, and their cast.
+    """
+    found = 0.0
+    for (short, long), (whole, largest) in group.shapes.items():
+        together = min(max(largest, min(BATCH, whole)), max(fraction * whole, short * long))
+        together = largest if work.zero_stage == 3 else together
+        element = 14 if work.newton_schulz_dtype == "bfloat16" else 4 * (3 + 2 * short / long)
+        found = max(found, together * element)
+    return found
+
+
+def _fraction(of_experts: bool, work: Work) -> float:
+    """The part of what a rank holds that ZeRO leaves to it."""
+    return (work.expert if of_experts else 1) / work.replicas
+
+
+def _part(size: float, experts: float, work: Work) -> float:
+    return (size - experts) * _fraction(False, work) + experts * _fraction(True, work)
+
+
+def _whole(size: float, own: float, muon: _Muon, work: Work, needs: Needs) -> list[Memory]:
+    """ZeRO 0."""
+    states = muon.matrices + 2 * (size - muon.matrices)
+    held = (size, size, states, needs.fixed)
+    flat = min(4 * WHOLE_BUCKET, size) if work.replicas > 1 else 0
+    return [
+        Memory("backward", size, size, states, needs.fixed + needs.handed_on, needs.held, needs.working),
+        Memory("reduction", *held, 0, flat),
+        Memory("muon", *held, 0, muon.copies + muon.newton_schulz),
+    ]
+
+
+def _states(own: float, muon: _Muon) -> float:
+    """ZeRO 1-2: masters, momentum as it stands and as staged, AdamW's moments."""
+    return own + 2 * (muon.own + muon.straddling) + 2 * (own - muon.own)
+
+
+def _sharded_states(size: float, own: float, muon: _Muon, work: Work, needs: Needs) -> list[Memory]:
+    """ZeRO 1: gradients are whole until the step's last backward pass is over, then pass through the bucket."""
+    states, filled = _states(own, muon), min(4 * work.bucket, size)
+    buckets = 2 if work.pipeline > 1 else 1  # DeepSpeed's pipeline makes one beside the optimizer's
+    bucket = filled if work.device == "cpu" else buckets * 4 * work.bucket
+    untouched = 0 if work.device == "cpu" else bucket
+    # In the bucket they have no other place. A second one meets the rank's part that was taken out of the first
+    beside = max(filled, own if filled < size else 0)
+    fixed = needs.fixed
+    return [
+        Memory("backward", size, size, states, fixed + untouched + needs.handed_on, needs.held, needs.working),
+        Memory("reduction", size, size - filled, states, fixed + bucket, 0, beside),
+        *_muon_and_step(size, own, states, bucket + fixed, muon, fixed),
+    ]
+
+
+def _sharded_gradients(size: float, own: float, muon: _Muon, work: Work, needs: Needs) -> list[Memory]:
+    """ZeRO 2: each gradient goes into the bucket, and the rank's part out of it, once for every micro-batch."""
+    states, filled = _states(own, muon), min(4 * work.bucket, size)
+    bucket = filled if work.device == "cpu" else 4 * work.bucket
+    summed = own if work.accumulation > 1 else 0  # of the micro-batches before
+    # Where the bucket holds all of them, it is reduced when backward is over
+    flat, taken = (filled, own) if filled < size else (0, 0)
+    buffers = needs.fixed + bucket
+    backward = needs.working + flat
+    return [
+        Memory("backward", size, summed + taken, states, buffers + needs.handed_on, needs.held, backward),
+        Memory("reduction", size, summed + taken, states, buffers, 0, max(filled, own if not taken else 0)),
+        *_muon_and_step(size, own + summed, states, buffers, muon, needs.fixed),
+    ]
+
+
+def _muon_and_step(
+    size: float, gradients: float, states: float, buffers: float, muon: _Muon, fixed: float
+) -> list[Memory]:
+    """Updates wait, flat, until all groups have theirs; the step copies a group's once more."""
+    at_work = muon.own + muon.copies + muon.newton_schulz
+    return [
+        Memory("muon", size, gradients, states, buffers, 0, at_work),
+        Memory("step", size, gradients, states, fixed, 0, muon.own + muon.group),
+    ]
+
+
+def _sharded_weights(size: float, own: float, muon: _Muon, work: Work, needs: Needs) -> list[Memory]:
+    """ZeRO 3: Muon gathers gradients and momenta of a bucket of tensors; AdamW's are copied to be scattered."""
+    gathered = min(4 * LIVE, size)
+    states = own + muon.own + 2 * (own - muon.own)
+    filled = min(4 * work.bucket, size)
+    buffers = (filled if work.device == "cpu" else 4 * work.bucket) + needs.fixed
+    scattered = filled if work.optimizer == "adamw" else 0
+    whole = 2 * max(min(4 * work.bucket, muon.matrices), muon.largest)
+    return [
+        Memory("backward", own + gathered, own, states, buffers, needs.held, needs.working + scattered),
+        Memory("muon", own + gathered, own, states, buffers, 0, whole + muon.largest + muon.newton_schulz),
+        Memory("step", own + gathered, own, states, buffers, 0, own),
+    ]
+
+
+def _handed_on(config: ModelConfig, work: Work, stage: int, in_flight: int) -> float:
+    """Streams between pipeline stages, as received and as sent, of each micro-batch in flight; the gradient's buffer.
+
+    DeepSpeed's forward pass begins with a copy of what it received, which counts as an activation.
+    """
+    if work.pipeline == 1:
+        return 0.0
+    received, sent = stage > 0, stage < work.pipeline - 1
+    return (received + sent) * (in_flight + 1) * 4 * config.num_streams * config.hidden_size * work.tokens
 
 
 def _tables(config: ModelConfig) -> int:

@@ -6,7 +6,7 @@ Symbols: V vocabulary, M hidden, C streams, H heads, D head width, E experts, I 
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 
@@ -118,6 +118,26 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
 
 
 @dataclass
+class MuonGroup:
+    """Matrices whose updates Muon makes together (optim/param_groups.py), in elements that a rank holds before ZeRO."""
+
+    expert: bool
+    size: int = 0
+    whole: int = 0  # the same where tensor parallelism cuts no matrix: Muon gathers those
+    matrix: int = 0  # the largest
+    shapes: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # (short, long): whole ones, of one tensor
+
+    def add(self, parameter: Parameter, size: int, whole: int) -> None:
+        short, long = sorted(parameter.shape[-2:])
+        self.size += size
+        self.whole += whole
+        self.matrix = max(self.matrix, short * long)
+        of_shape = self.shapes.setdefault((short, long), [0, 0])
+        of_shape[0] += whole
+        of_shape[1] = max(of_shape[1], whole)
+
+
+@dataclass
 class Share:
     """Elements that a rank holds, before ZeRO; `experts` of them are experts', which fewer ranks have copies of."""
 
@@ -128,9 +148,9 @@ class Share:
     expert_matrices: int = 0
     cut_matrices: int = 0  # Muon's that tensor parallelism cuts, other than between matrices of a stack
     cut_expert_matrices: int = 0
-    largest: int = 0  # matrix, or stack of them, in one tensor
     cast: int = 0  # multiplied in bf16 under autocast, by way of a copy
     newton_schulz: float = 0.0  # FLOPs of one iteration on all of its matrices, whole ones where they are cut
+    groups: dict[tuple, MuonGroup] = field(default_factory=dict)
 
     def add(self, parameter: Parameter, work: Work) -> None:
         size, expert, matrix = parameter.size_on_rank(work), parameter.is_expert, parameter.is_matrix
@@ -139,16 +159,19 @@ class Share:
         if not matrix:
             return
         cut = work.tensor > 1 and parameter.cut is not None and parameter.cut >= len(parameter.shape) - 2
+        whole = size * (work.tensor if cut else 1)
         self.matrices += size
         self.expert_matrices += size * expert
         self.cut_matrices += size * cut
         self.cut_expert_matrices += size * cut * expert
-        self.largest = max(self.largest, size * (work.tensor if cut else 1))
         # Experts are cast block by block, routers and coefficients of the streams stay fp32
         self.cast += 0 if expert or parameter.part in ("routers", "residual") else size
         short, long = sorted(parameter.shape[-2:])
-        stack = size * (work.tensor if cut else 1) / (short * long)
-        self.newton_schulz += stack * (4 * short * short * long + 2 * short**3)
+        self.newton_schulz += whole / (short * long) * (4 * short * short * long + 2 * short**3)
+        shared_out = expert and work.expert > 1
+        along = parameter.cut - len(parameter.shape) if work.tensor > 1 and parameter.cut is not None else None
+        key = (parameter.shape[-2:] if "residual." in parameter.name else None, "indexer" in parameter.name)
+        self.groups.setdefault((*key, shared_out, along), MuonGroup(shared_out)).add(parameter, size, whole)
 
 
 def stage_shares(config: ModelConfig, work: Work) -> list[Share]:

@@ -3,23 +3,27 @@
     step = (micro-batches + stages - 1) x the dearest stage's micro-batch + the optimizer + traffic that isn't hidden
 
 A micro-batch takes its FLOPs (recomputation included) over peak x efficiency, and the passes over what it keeps for
-backward: what is no product is bound by memory. Tensor parallelism shares out heads, inner channels and vocabulary;
+backward and over weights and gradients: what is no product is bound by memory. So is the optimizer, but for Muon's
+products. Tensor parallelism shares out heads, inner channels and vocabulary;
 each rank does the rest for all of the tokens. Traffic is `communication.py`'s, over the link that joins the ranks of
 its axis; besides, ranks wait for each other in each exchange. For choosing between layouts: the sum is no better than
 the few numbers in conf/plan.yaml.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 
 from v4train.analysis.activations import unit_bytes
 from v4train.analysis.communication import activation_bytes, gradient_bytes, muon_bytes
 from v4train.analysis.decode import used_matrices
-from v4train.analysis.flops import attention_flops, part_flops, training_flops_per_token
+from v4train.analysis.flops import attention_flops, block_flops, part_flops, training_flops_per_token
 from v4train.analysis.parameters import Share, stage_shares
 from v4train.analysis.work import Work
+from v4train.errors import ConfigError
 from v4train.model.config import ModelConfig
 
-NEWTON_SCHULZ_STEPS = 10  # 8 + 2
+WEIGHT_PASSES = 5  # over the weights of a stage: read in forward, twice in backward; gradients read and written
+STATE_PASSES = 8  # over the part that a rank updates: weight, moments, gradient read, and all but the last written
 PASSES = 8  # over memory for what is kept: written, read twice in forward, read in backward; as much for its gradient
 EXCHANGES = {"tensor": 7, "expert": 7, "context": 6}  # of a block, in forward and backward, about
 
@@ -33,8 +37,17 @@ class Device:
     node: int
     node_bandwidth: float
     bandwidth: float
+    memory: float
     memory_bandwidth: float
     latency: float
+
+    def check(self, prefix: str) -> None:
+        """Raise ConfigError for a number that nothing can be divided by. prefix: of the keys."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 < value < math.inf and not (field.name == "latency" and value == 0):
+                remedy = "conf/plan.yaml describes some devices"
+                raise ConfigError(f"{prefix}.{field.name}", value, "it must be above 0", remedy)
 
 
 @dataclass
@@ -70,17 +83,19 @@ def step_time(config: ModelConfig, work: Work, device: Device, use: Use, shares:
     """Of all ranks together, which end a step together."""
     shares = shares or stage_shares(config, work)
     peak = device.flops_bf16 if work.precision == "bf16" else device.flops_fp32
-    rate = peak * use.efficiency
+    rate, bandwidth = peak * use.efficiency, device.memory_bandwidth
     kept = unit_bytes(config, replace(work, recompute="none"))
     own = _share_of_flops(config, work) * work.tokens / rate
     micro_batch = max(
-        own * flops + PASSES * sum(kept[share.units]) / device.memory_bandwidth
+        own * flops + (PASSES * sum(kept[share.units]) + WEIGHT_PASSES * 4 * share.size) / bandwidth
         for flops, share in zip(_stage_flops(config, work, shares), shares, strict=True)
     )
     compute = work.accumulation * micro_batch
-    optimizer = 0.0
+    optimizer = max(STATE_PASSES * 4 * _updated(share, work) for share in shares) / bandwidth
     if work.optimizer == "muon":
-        optimizer = NEWTON_SCHULZ_STEPS * max(_orthogonalised(share, work) for share in shares) / rate
+        products = device.flops_bf16 if work.newton_schulz_dtype == "bfloat16" else device.flops_fp32
+        flops = work.newton_schulz_steps * max(_orthogonalised(share, work) for share in shares)
+        optimizer += flops / (products * use.efficiency)
     traffic = traffic_per_rank(config, work, shares)
     seconds = sum(sent / _bandwidth(axis, work, device) for axis, sent in traffic.items())
     bubble = (work.pipeline - 1) * micro_batch
@@ -108,10 +123,12 @@ def traffic_per_rank(config: ModelConfig, work: Work, shares: list[Share] | None
     of_experts = copies // work.expert
     gradients = 0.0
     for share in shares:  # of each rank that has a share of its own: tensor x (expert)
-        dense = gradient_bytes(share.size - share.experts, copies, stage, work.accumulation)
-        experts = gradient_bytes(share.experts, of_experts, stage, work.accumulation)
+        muon = work.optimizer == "muon"
+        matrices = (share.matrices - share.expert_matrices, share.expert_matrices) if muon else (None, None)
+        dense = gradient_bytes(share.size - share.experts, copies, stage, work.accumulation, matrices[0])
+        experts = gradient_bytes(share.experts, of_experts, stage, work.accumulation, matrices[1])
         gradients += work.tensor * (dense + work.expert * experts)
-        if work.optimizer == "muon":
+        if muon:
             whole, whole_experts = share.cut_matrices - share.cut_expert_matrices, share.cut_expert_matrices
             sent["tensor"] += muon_bytes(whole * work.tensor, work.tensor, copies, stage)
             sent["tensor"] += work.expert * muon_bytes(whole_experts * work.tensor, work.tensor, of_experts, stage)
@@ -122,11 +139,8 @@ def traffic_per_rank(config: ModelConfig, work: Work, shares: list[Share] | None
 def _stage_flops(config: ModelConfig, work: Work, shares: list[Share]) -> list[float]:
     """FLOPs of a token on each stage, with those that backward makes again."""
     parts = part_flops(config, work.sequence_length)
-    if work.recompute == "attention":
-        again = attention_flops(config, work.sequence_length)
-    else:  # forward is a third of the whole; embedding and head keep all they need
-        blocks = config.num_layers if work.recompute == "block" else 0
-        again = [part / 3 if 1 <= index <= blocks else 0.0 for index, part in enumerate(parts)]
+    recomputed = {"attention": attention_flops, "block": block_flops}.get(work.recompute)
+    again = recomputed(config, work.sequence_length) if recomputed else [0.0] * len(parts)
     costs = [part + more for part, more in zip(parts, again, strict=True)]
     together = config.num_layers + 1
     units = [*costs[:together], sum(costs[together:])]
@@ -141,6 +155,13 @@ def _share_of_flops(config: ModelConfig, work: Work) -> float:
     flops = training_flops_per_token(config, work.sequence_length)
     left = min(1.0, 6 * whole / flops)
     return left + (1 - left) / work.tensor
+
+
+def _updated(share: Share, work: Work) -> float:
+    """Numbers that a rank updates: all in ZeRO 0, its part in the others."""
+    if work.zero_stage == 0:
+        return share.size
+    return (share.size - share.experts + work.expert * share.experts) / work.replicas
 
 
 def _orthogonalised(share: Share, work: Work) -> float:

@@ -8,7 +8,9 @@ class Work:
     """Sizes of a layout, and what it does in a step.
 
     rows: of a micro-batch, on each of the `data` ranks; accumulation: micro-batches; sequence_length: of whole rows.
-    The words are those of conf/: `train.recompute`, `optimizer.name`, `precision`.
+    The words are those of conf/: `train.recompute`, `optimizer.name`, `precision`. newton_schulz_*: those of
+    conf/optimizer/muon.yaml, iterations of both kinds together. device: on a `cpu` memory that nothing is written to
+    takes no room, on `cuda` it does.
     """
 
     sequence_length: int
@@ -22,7 +24,10 @@ class Work:
     expert: int = 1
     zero_stage: int = 1
     optimizer: str = "muon"
+    newton_schulz_steps: int = 10
+    newton_schulz_dtype: str = "float32"
     precision: str = "fp32"
+    device: str = "cuda"
     bucket: int = 500_000_000  # numbers that ZeRO reduces at a time: DeepSpeed's reduce_bucket_size, its default
 
     @property

@@ -6,6 +6,7 @@ from v4train.errors import ConfigError
 
 OPTIMIZERS = ("muon", "adamw")
 NEWTON_SCHULZ_DTYPES = ("auto", "float32", "bfloat16")
+BATCH = 1 << 24  # matrix elements that go through Newton-Schulz together: more make no product faster, and need memory
 
 
 @dataclass

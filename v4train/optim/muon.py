@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from v4train.optim.config import BATCH
+
 # Coefficients (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X. The first triple drives every singular value into
 # about [0.7, 1.2] as fast as possible, the second has the fixed point 1 with derivative 0 and brings them to 1.
 FAST = (3.4445, -4.7750, 2.0315)
 EXACT = (2.0, -1.5, 0.5)
-BATCH = 1 << 24  # elements that go through the iteration together: more make no product faster, and need memory
 
 
 def newton_schulz(matrices: Tensor, steps: tuple[int, int] = (8, 2), dtype: torch.dtype = torch.float32) -> Tensor:

@@ -49,15 +49,8 @@ class Sizes:
 
 def check_layout(config: ParallelismConfig, world_size: int) -> Sizes:
     """Sizes of every dimension on `world_size` ranks. Raises ConfigError where the layout doesn't fit them."""
+    check_values(config)
     given = {name: getattr(config, name) for name in (*AXES, "expert")}
-    for name, size in given.items():
-        if size is not None and size < 1:
-            raise ConfigError(f"parallelism.{name}", size, "it must be at least 1", f"set parallelism.{name}=1")
-    if config.zero_stage not in (0, 1, 2, 3):
-        raise ConfigError(
-            "parallelism.zero_stage", config.zero_stage, "ZeRO has stages 0 to 3", "use 0, 1, 2 or 3; 1 is the default"
-        )
-    check_deepspeed_keys(config.deepspeed)
     fixed = math.prod(given[name] or 1 for name in AXES)
     if world_size % fixed or (given["data"] is not None and fixed != world_size):
         _refuse_sizes(given, world_size)
@@ -68,10 +61,23 @@ def check_layout(config: ParallelismConfig, world_size: int) -> Sizes:
         rule = f"experts are spread over data {given['data']} x context {given['context']} ranks: it must divide them"
         fitting = math.gcd(given["expert"], replicas)
         raise ConfigError("parallelism.expert", given["expert"], rule, f"for example parallelism.expert={fitting}")
-    if given["pipeline"] > 1 and config.zero_stage > 1:
+    return Sizes(**given)
+
+
+def check_values(config: ParallelismConfig) -> None:
+    """Raise ConfigError for what no number of ranks could run."""
+    for name in (*AXES, "expert"):
+        size = getattr(config, name)
+        if size is not None and size < 1:
+            raise ConfigError(f"parallelism.{name}", size, "it must be at least 1", f"set parallelism.{name}=1")
+    if config.zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(
+            "parallelism.zero_stage", config.zero_stage, "ZeRO has stages 0 to 3", "use 0, 1, 2 or 3; 1 is the default"
+        )
+    if config.pipeline > 1 and config.zero_stage > 1:
         rule = "DeepSpeed's pipeline holds whole gradients and parameters"
         raise ConfigError("parallelism.zero_stage", config.zero_stage, rule, "set parallelism.zero_stage=1")
-    return Sizes(**given)
+    check_deepspeed_keys(config.deepspeed)
 
 
 def _refuse_sizes(given: Mapping[str, int | None], world_size: int) -> None:

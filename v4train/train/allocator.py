@@ -10,8 +10,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 NEVER = -1  # as thresholds: no block is mapped apart, none is given back
 # What glibc reads at a process's start only. Small freed blocks join their neighbours at once: glibc (2.36) cuts such
 # from every tensor it aligns, and where they stay in caches, the hole of a freed tensor doesn't fit the next like it.
-# And memory comes in huge pages where the kernel gives them to who asks: a few per cent of a step.
-TUNABLES = {"glibc.malloc.tcache_count": "0", "glibc.malloc.mxfast": "0", "glibc.malloc.hugetlb": "1"}
+# And memory comes in huge pages where the kernel gives them to who asks: a few per cent of a step. All threads share
+# one arena: else each of gloo's keeps its largest copy of a collective's tensor for ever.
+TUNABLES = {
+    "glibc.malloc.tcache_count": "0",
+    "glibc.malloc.mxfast": "0",
+    "glibc.malloc.hugetlb": "1",
+    "glibc.malloc.arena_max": "1",
+}
 
 
 def keep_freed_memory() -> bool:

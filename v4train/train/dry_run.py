@@ -4,7 +4,7 @@ Nothing is written but a tokenizer or corpus that the data cache lacks, and no w
 a model on the meta device, however large, and the figures are those of `analysis`.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from omegaconf import OmegaConf
@@ -16,7 +16,7 @@ from v4train.analysis.step_time import bubble_fraction, traffic_per_rank
 from v4train.analysis.work import Work
 from v4train.config import Settings
 from v4train.data import Batch, BatchConfig, Loader, load_data
-from v4train.estimation import read_work
+from v4train.estimation import read_layout
 from v4train.model import build_model
 from v4train.parallel.layout import Layout
 from v4train.train.distributed import all_max, all_sum
@@ -32,7 +32,8 @@ def dry_run(settings: Settings) -> dict[str, float]:
     """
     topology, train = settings.topology, settings.train
     setup_logging(None, topology.rank)
-    given = read_work(OmegaConf.create(settings.resolved), settings.model, topology.world_size)
+    given = read_layout(OmegaConf.create(settings.resolved), settings.model, topology.world_size)
+    given = replace(given, device=topology.device.type)  # what `auto` is
     stage, work = max(works(settings, given), key=lambda of: fullest(settings, of[1]).total)
     with torch.device("meta"):
         model = build_model(settings.model)
@@ -76,7 +77,7 @@ def fullest(settings: Settings, work: Work) -> Memory:
 def planned(settings: Settings, stage: Stage, work: Work) -> dict[str, float]:
     """Of a step of `stage`, by formula: GiB of the fullest rank by what it holds, what a rank sends, FLOPs, bubble."""
     memory = fullest(settings, work)
-    figures = {f"memory_gib/{name}": size / GIB for name, size in asdict(memory).items()}
+    figures = {f"memory_gib/{name}": size / GIB for name, size in memory.parts.items()}
     figures |= {"memory_gib": memory.total / GIB, "bubble": bubble_fraction(work)}
     figures["traffic_gib"] = sum(traffic_per_rank(settings.model, work).values()) / GIB
     per_token = training_flops_per_token(settings.model, stage.sequence_length, stage.attention_mode)
