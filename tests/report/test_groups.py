@@ -71,7 +71,7 @@ def test_pictures_show_means_and_all_between(paths):
     runs = [read_run(path) for path in paths]
     (axes,) = GROUP_PICTURES["recall"].draw(runs).axes
     np.testing.assert_allclose([line.get_ydata() for line in axes.lines[:2]], [[0.91, 0.6], [0.96, 0.6]])
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["muon_short", "adamw_short", "a guess"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["muon", "adamw", "a guess"]
     assert axes.lines[2].get_ydata()[0] == 1 / runs[0].config["evaluation"]["recall_values"]
     band = axes.collections[1].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0.6, 0.98))
