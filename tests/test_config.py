@@ -167,8 +167,8 @@ def test_a_value_by_the_name_of_another():
 
 
 COMMANDS = {  # in the head of the file: sizes of the layout
-    "schedule/v4_flash": "pipeline 4, data 8, context 16, tensor 1, expert 8",
-    "schedule/v4_pro": "pipeline 8, data 2, context 32, tensor 1, expert 64",
+    "schedule/v4_flash": "pipeline 4, data 2, context 64, tensor 1, expert 128",
+    "schedule/v4_pro": "pipeline 8, data 2, context 128, tensor 1, expert 128",
     "parallelism/flash": "pipeline 4, data 8, context 1, tensor 1, expert 8",
     "parallelism/pro": "pipeline 8, data 64, context 1, tensor 1, expert 64",
 }

@@ -84,9 +84,9 @@ def test_the_mtp_weight_falls_with_the_first_step_of_the_decay():
 
 
 def test_a_phases_own_mtp_weight_holds_in_the_decay():
-    plan = Plan(PHASES, schedule(mtp_weight_in_decay=0.1, decay_fraction=0.6), WEIGHTS)  # from the end of dense on
+    plan = Plan(PHASES, schedule(mtp_weight_in_decay=0.1, decay_fraction=0.6), WEIGHTS)  # of 42 x 80 tokens: from 2300
     weights = [plan.at(step).mtp_weight for step in range(plan.total_steps)]
-    assert weights == [0.3] * 32 + [0.1] * 13 + [0.2] * 26
+    assert weights == [0.3] * 29 + [0.1] * 16 + [0.2] * 26
 
 
 DECAY = {

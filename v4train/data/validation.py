@@ -34,7 +34,7 @@ def validation_batches(
     data_world: int,
     pad_id: int,
 ) -> Iterator[Batch]:
-    """This rank's validation batches, [R, S] each: R is at most `batch_size`, and as little as as few batches need.
+    """This rank's validation batches, [R, S] each: as few as R <= `batch_size` allows, and R no larger than these need.
 
     `max_tokens` tokens (0: all) of the held-out `documents`, end to end, in whole rows drawn in a fixed order; the last
     row of the documents is padded. Row i goes to rank i % data_world. Every rank gets the same number of batches of the
