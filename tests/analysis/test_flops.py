@@ -253,13 +253,11 @@ def test_a_step_of_the_indexers_alone_that_pytorch_counts(mix, length):
     # No gradient goes into the detached inputs of the indexers' matrices
     own = [p for n, p in model.named_parameters() if "indexer" in n and p.dim() > 1 and not n.endswith("bias")]
     expected -= 2 * length * 2 * sum(p.numel() for p in own)
-    # The teacher computes the entries' logits a second time
+    # The teacher sums its weights over the heads, as a product
     for layer in config.layers:
         if layer.kind in ("csa", "dsa"):
-            options = layer.options
-            width = options.head_dim if layer.kind == "csa" else options.nope_dim + options.rope_dim
             entries = sum(seen(config, layer, token)[1] for token in range(length))
-            expected += 2 * 2 * options.num_heads * width * entries
+            expected += 2 * 2 * layer.options.num_heads * entries
     assert counted(lambda: model(tokens, None, tokens).loss.backward()) == pytest.approx(expected, rel=1e-12)
 
 
