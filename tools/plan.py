@@ -199,7 +199,7 @@ class Search:
                     yield Sizes(pipeline, data, context, tensor, expert)
 
     def _of(self, work: Work) -> list[Share]:
-        key = (work.pipeline, work.tensor, work.expert)
+        key = (work.sequence_length, work.pipeline, work.tensor, work.expert)
         if key not in self._shares:
             self._shares[key] = stage_shares(self.model, work)
         return self._shares[key]
@@ -257,9 +257,10 @@ def check_fixed(fixed: dict[str, int | None], model: ModelConfig, gpus: int) -> 
             rule = f"it must divide {gpus} GPUs" + (f" over {others}" if others else "")
             raise ConfigError(f"parallelism.{axis}", size, rule, f"for example {math.gcd(size, left)}")
         left //= size
-    if gpus % (sizes.get("expert", 1) * sizes.get("pipeline", 1) * sizes.get("tensor", 1)):
-        rule = f"it must divide {gpus} GPUs over pipeline and tensor"
-        raise ConfigError("parallelism.expert", sizes["expert"], rule, f"for example {math.gcd(sizes['expert'], gpus)}")
+    expert, replicas = sizes.get("expert", 1), gpus // (sizes.get("pipeline", 1) * sizes.get("tensor", 1))
+    if replicas % expert:
+        rule = f"it must divide {gpus} GPUs over pipeline x tensor, {replicas}"
+        raise ConfigError("parallelism.expert", expert, rule, f"for example {math.gcd(expert, replicas)}")
     check_layout_of(model, Sizes(**sizes), sizes.get("context", 1))
 
 
