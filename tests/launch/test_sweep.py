@@ -32,7 +32,7 @@ def test_two_by_two_with_a_job_that_fails(tmp_path):
     assert [row["status"] for row in rows] == ["finished", "finished", "finished", "failed"]
     swept = [(row["train.global_batch_size"], row["train.micro_batch_size"]) for row in rows]
     assert swept == [("2", "1"), ("2", "2"), ("3", "1"), ("3", "2")]
-    rule = "train.global_batch_size=3: it must be a multiple of train.micro_batch_size=2"
+    rule = "train.global_batch_size=3: it must be a multiple of micro_batch_size=2 x 1 data ranks"
     assert rows[3]["error"].startswith(rule)
     assert f"error: 1 of 4 jobs failed: job 3 ({rows[3]['run']}): {rule}" in result.stderr
     for row in rows[:3]:
