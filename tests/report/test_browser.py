@@ -10,6 +10,7 @@ from PIL import Image
 from tests.report.folders import make_run
 from v4train.report import compare, report
 from v4train.report.figures import PICTURES
+from v4train.report.figures_of_groups import GROUP_PICTURES
 from v4train.report.figures_of_layers import LAYER_PICTURES
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -35,7 +36,9 @@ def pages(tmp_path_factory):
     base = tmp_path_factory.mktemp("runs")
     runs = [make_run(base, "a_run_with_" + "_".join(["quite_a_long_name"] * 4)), make_run(base, "other", ("seed=2",))]
     of_run, of_both = report(runs[0], base / "one"), compare(runs, base / "both")
-    return {"run": (of_run, len(PICTURES | LAYER_PICTURES)), "comparison": (of_both, len(PICTURES))}
+    of_each = {"recall", "mixing_gain"}  # the other pictures of groups need several seeds
+    one, both = PICTURES | LAYER_PICTURES, PICTURES | GROUP_PICTURES
+    return {"run": (of_run, len(one) + len(of_each & GROUP_PICTURES.keys())), "comparison": (of_both, len(both))}
 
 
 @pytest.mark.parametrize("device", WIDTHS)

@@ -56,13 +56,13 @@ end.set()
 
 
 def test_what_a_thread_has_freed_serves_the_others():
-    """Four threads, one after another, take 48 MiB: once in all, and without the setting once each."""
+    """Four threads, one after another, take 48 MiB: twice at most in all, and without the setting once each."""
     plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     mebibytes = [
         float(subprocess.run([sys.executable, "-c", THREADS], env=environment, **RUN).stdout)
         for environment in (tuned_environment(plain), plain)
     ]
-    assert mebibytes[0] < 2 * 48 < 3 * 48 < mebibytes[1]
+    assert mebibytes[0] < 2.5 * 48 < 3.5 * 48 < mebibytes[1]
 
 
 def test_what_the_environment_says_of_the_allocator_stays():

@@ -255,7 +255,7 @@ def experiment(folder, **train) -> list[str]:
     (folder / "experiment").mkdir()
     values = json.dumps({"defaults": [{"override /schedule": "v4_small"}], "train": train})
     (folder / "experiment" / "own.yaml").write_text(f"# @package _global_\n{values}\n")
-    return [f"hydra.searchpath=[file://{folder}]", "+experiment=own"]
+    return [f"hydra.searchpath=[file://{folder}]", "experiment=own"]
 
 
 @pytest.mark.parametrize(
