@@ -127,6 +127,7 @@ def test_clipping_is_active_and_the_batch_order_matters(name):
     assert (clipped["weights"]["sometimes.weight"] - other_half["weights"]["sometimes.weight"]).abs().max() > 1e-4
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_small_parameters_kept_whole_in_zero_3(run, world, name):

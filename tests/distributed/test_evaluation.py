@@ -27,7 +27,6 @@ LAYOUTS = {
     "pipeline": ["parallelism=pipeline"],
     "zero2": ["parallelism=zero2"],
 }
-SAMPLE = ("context",)
 
 
 def figures(base: Path, ranks: int, name: str, layout: list[str]) -> dict[str, float]:
@@ -51,9 +50,8 @@ def expected(base) -> dict[str, float]:
     return figures(base, 1, "single", ["parallelism=single"])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.exhaustive) for name in LAYOUTS]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_figures_are_those_of_one_process(base, expected, name):
     assert len(expected) == 8 and expected["eval/bits_per_byte"] > 1
     assert figures(base, 2, name, LAYOUTS[name]) == pytest.approx(expected, rel=1e-6)

@@ -189,7 +189,8 @@ def test_bf16_stays_close(base, name):
     assert got == pytest.approx(losses(base, "reference_adamw")[:4], abs=2e-2)
 
 
-@pytest.mark.parametrize("name", ["pipeline", pytest.param("full4", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["pipeline", "full4"])
 def test_a_checkpoint_says_its_layout_and_fits_another(base, name):
     """Saved by many ranks, continued by one."""
     run = f"{name}_moved"

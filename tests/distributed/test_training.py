@@ -35,7 +35,7 @@ def base(tmp_path_factory) -> Path:
 
 EVERY = dict.fromkeys(OPTIMIZERS, STAGES)
 SAMPLE = {"adamw": (1, 3), "muon": (0, 2)}  # each stage once
-WORLDS = [pytest.param((2, SAMPLE), id="2")]
+WORLDS = [pytest.param((2, SAMPLE), id="2", marks=pytest.mark.exhaustive)]
 WORLDS += [pytest.param((ranks, EVERY), id=f"{ranks}-every", marks=pytest.mark.exhaustive) for ranks in (1, 2, 4)]
 
 

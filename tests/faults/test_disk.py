@@ -107,6 +107,7 @@ def test_a_disk_that_is_full_from_the_start_is_refused(base, small_disk):
     assert checkpoint_digests(small_disk, name, 60) == checkpoint_digests(base, "whole", 60)
 
 
+@pytest.mark.exhaustive
 def test_a_folder_that_is_read_only_for_a_while(base):
     name, log = "read_only", base / "read_only.log"
     assert Life([*overrides(base, name, *FAST), "train.stop_at_step=4"], log).end() == 0, log.read_text()[-3000:]

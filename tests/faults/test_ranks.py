@@ -66,9 +66,8 @@ def steps(base, name):
         return 0
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case == "zero1" else pytest.mark.exhaustive) for case in CASES]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", CASES)
 def test_a_rank_that_dies_costs_time_alone(base, case):
     ranks, layout, kills = CASES[case]
     whole, name = undisturbed(base, ranks, layout, f"whole_{case}"), f"killed_{case}"

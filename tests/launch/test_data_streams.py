@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[2]
 STEPS, KILLED_AFTER = 40, 14
 LEFT_OUT = ("data", "train.max_steps", "checkpoint.every")
 CASES = [(ranks, workers) for ranks in (1, 2, 4) for workers in (0, 1, 3)]
-SAMPLED = [(2, 3)]
 
 
 def corpus() -> dict[str, bytes]:
@@ -103,10 +102,8 @@ def undisturbed(server, base):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("ranks", "workers"),
-    [pytest.param(*case, marks=[] if case in SAMPLED else pytest.mark.exhaustive) for case in CASES],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("ranks", "workers"), CASES)
 def test_cut_off_failing_and_killed_it_goes_on_with_the_same_tokens(server, base, undisturbed, ranks, workers):
     name = f"ranks-{ranks}-workers-{workers}"
     arguments = command(base, name, [server.url + path for path in server.files], ranks, workers)

@@ -9,6 +9,7 @@ from v4train.errors import ConfigError
 from v4train.model.compiled import compile_model, cpp_compiler
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("recompute", ["none", "block"])

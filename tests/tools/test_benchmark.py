@@ -50,6 +50,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_measures_beside_transformers(tmp_path):
     shapes = ["--shapes", "1x32", "1x64", "--decode", "16", "--rounds", "1", "--warm-up", "0"]
