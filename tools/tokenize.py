@@ -68,12 +68,19 @@ class Display:
     """A progress bar on a terminal, elsewhere a line for each shard; as a context manager around the work."""
 
     def __init__(self, out: str) -> None:
+        import logging
+
         from rich import progress
 
         from v4train.terminal import console, on_terminal
         from v4train.train.progress import setup_logging
 
-        setup_logging(None, rank=0)  # a tokenizer trained, bad records left out
+        if on_terminal():
+            setup_logging(None, rank=0)  # above the bar: a tokenizer trained, bad records left out
+        else:
+            logger = logging.getLogger("v4train")
+            logger.addHandler(logging.StreamHandler())  # to standard error, as the shards are on standard output
+            logger.setLevel(logging.INFO)
         self.out, self._started, self._shards = out, 0.0, None
         self._bar = progress.Progress(
             progress.TextColumn("tokenise"),
