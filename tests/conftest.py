@@ -34,3 +34,14 @@ def _restore_logger():
         handler.close()
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)
+
+
+@pytest.fixture
+def one_thread():
+    """Small products gain little from a second thread, and lose a lot where another program wants the core."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -98,16 +98,7 @@ def twin_losses(base: Path, age: int, monkeypatch) -> list[float]:
     return found
 
 
-@pytest.fixture
-def _one_thread():
-    """Such small products gain nothing from a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.usefixtures("one_thread")
 def test_it_is_training_with_an_older_twin_that_chooses(base, monkeypatch):
     got = losses(base, "twin")
     assert got == pytest.approx(twin_losses(base, AGE, monkeypatch), abs=LOSS["adamw"], rel=0)

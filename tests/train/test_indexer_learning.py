@@ -137,18 +137,9 @@ def random_recall(model: Transformer, batches: list[Batch]) -> float:
     return torch.cat(shares).mean().item()
 
 
-@pytest.fixture
-def _one_thread():
-    """Such small products gain little from a second thread, and lose a lot where another program wants the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.usefixtures("one_thread")
 def test_the_indexer_finds_what_dense_attention_looks_at():
     figures = experiment(print)
     print(figures)

@@ -19,12 +19,9 @@ from v4train.data import (
     Batch,
     BatchConfig,
     Corpus,
-    EndOfData,
     Loader,
     Tokenizer,
-    merged_states,
 )
-from v4train.errors import ConfigError
 from v4train.model import Transformer
 from v4train.model.losses import Recorded, share
 from v4train.model.moe.balance import relative_loads
@@ -33,6 +30,7 @@ from v4train.train import checkpoint
 from v4train.train.balance import Balance, violations
 from v4train.train.distributed import all_max, all_sum, gathered
 from v4train.train.evaluation import Evaluation
+from v4train.train.feed import Feed
 from v4train.train.hang_watch import HangWatch
 from v4train.train.heartbeat import Heartbeat
 from v4train.train.layer_statistics import LayerStatistics
@@ -79,6 +77,7 @@ class Trainer:
         self.stage = self.plan.at(0)  # of the step under way, or the last
         length, batch = self.stage.sequence_length, self._batch(self.stage)
         self.loader = Loader(corpus, settings.data, tokenizer, length, batch, settings.seed)
+        self.feed = Feed(self.loader, self.topology)
         # Of ranks with the same tokens one counts
         self.counts = not self.topology.index("tensor")
         self.saving = Saving(directory.checkpoints, settings.checkpoint, self.topology.rank)
@@ -160,7 +159,7 @@ class Trainer:
             if validated != self.step and not self.interrupted:
                 self.validate(progress)
             progress.note(f"checkpoint {self.save_last()}")
-            for line in self._left_out():
+            for line in self.feed.left_out():
                 progress.note(line)
             if self.interrupted:
                 why = "a signal" if stop.signalled else "train.max_minutes, or another rank's signal"
@@ -174,7 +173,8 @@ class Trainer:
         self.enter(self.plan.at(self.step))
         self.recovery.prepare()
         self.model.train()
-        batches = self._next_batches()
+        with self.times.part("data"):
+            batches = self.feed.next_batches()
         if batches is None:
             self.dry = True
             return None
@@ -218,7 +218,7 @@ class Trainer:
             "data_tokens": dict(progress.by_source),
             "batch_tokens": {name[len("tokens/") :]: int(n) for name, n in data.items() if name.startswith("tokens/")},
             "data_hash": progress.data_hash,
-            "epoch": self._epochs(),
+            "epoch": self.feed.epochs(),
             "padding": progress.padding / max(1, progress.tokens),
             "truncated": progress.truncated / max(1, progress.documents),
             "step_seconds": seconds,
@@ -233,7 +233,7 @@ class Trainer:
             logger.info("from step %d on: phase %d, %s", self.step + 1, stage.index, stage.name)
         batch = self._batch(stage)
         if (stage.sequence_length, batch) != (self.loader.sequence_length, self.loader.batch):
-            self.loader.load_state_dict(self._loader_state())  # its rows may lie in other lanes
+            self.loader.load_state_dict(self.feed.state())  # its rows may lie in other lanes
             self.loader.set_batch(batch)
             self.loader.set_sequence_length(stage.sequence_length)
             self.engine.set_batch(batch.micro, self.accumulation)
@@ -263,31 +263,11 @@ class Trainer:
         self.hang_watch.beat()
         self.heartbeat.beat(self.step, doing)
 
-    def _next_batches(self) -> list[Batch] | None:
-        """This rank's micro-batches; None on every rank where one has reached the end of the data.
-
-        Bad data that one rank has met are every rank's error.
-        """
-        problem, batches = None, []
-        try:
-            with self.times.part("data"):
-                batches = self.loader.next_step()
-        except (EndOfData, ConfigError) as error:
-            problem = error
-        if not all_max(float(problem is not None), self.topology.device):
-            return [self._own(batch) for batch in batches]
-        errors = [error for error in gathered(problem) if isinstance(error, ConfigError)]
-        if errors:
-            raise errors[0]
-        if problem is None:
-            self.loader.take_back()
-        return None
-
     def _over_ranks(self, recorded: Recorded, stop: bool) -> tuple[dict[str, float], dict[str, float], bool]:
         """Of a step, over all ranks: what is logged of its losses, the loader's counts, and whether to stop."""
         flags = {"stop": stop, **self.saving.flags()}
         values: dict[Any, Any] = {("flag", name): float(flag) for name, flag in flags.items()}
-        values |= {("data", name): count * self._counts_data for name, count in self.loader.counts.items()}
+        values |= {("data", name): count for name, count in self.feed.own_counts().items()}
         if self.counts:
             values |= {(name, "sum"): total for name, total in recorded.sums.items()}
             values |= {(name, "count"): count for name, count in recorded.counts.items()}
@@ -301,28 +281,6 @@ class Trainer:
         parts = {name: part for (name, of), part in sums.items() if of == 0}
         shares = {name: share(part, sums[name, 1]).item() for name, part in parts.items()}
         return means | shares, data, agreed["stop"]
-
-    @property
-    def _counts_data(self) -> bool:
-        """Whether this rank counts its rows: of those that have the same ones, one does."""
-        return not any(self.topology.index(axis) for axis in ("tensor", "context", "pipeline"))
-
-    def _epochs(self) -> float | dict[str, float]:
-        epochs = self.loader.epochs()
-        return epochs if len(epochs) > 1 else next(iter(epochs.values()), 0.0)
-
-    def _left_out(self) -> list[str]:
-        """Bad data that were left out, over all ranks and this run's restarts: a line for each source."""
-        left_out = self._loader_state()["left_out"]
-        return [
-            f"data left out of {source}: " + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in kinds.items())
-            for source, kinds in left_out.items()
-            if kinds
-        ]
-
-    def _loader_state(self) -> dict[str, Any]:
-        """The data position of all ranks together; every rank must call it."""
-        return merged_states(gathered(self.loader.state_dict()))
 
     def validate(self, progress: Progress) -> None:
         """Log what held-out text says."""
@@ -346,7 +304,7 @@ class Trainer:
         self._beat("saving")
         state = {
             "tokens": self.tokens,
-            "loader": self._loader_state(),
+            "loader": self.feed.state(),
             "rng": torch.get_rng_state().numpy().tobytes().hex(),
             "validation": self.validation,
             "attention_mode": self.model.attention_mode,
@@ -416,10 +374,6 @@ class Trainer:
         self.model.attention_mode = mode
         frozen = {"dense": {True}, "indexer_warmup": {False}, "sparse": set()}[mode]
         self.engine.freeze(group.name for group in self.engine.groups if group.indexer in frozen)
-
-    def _own(self, batch: Batch) -> Batch:
-        """This rank's shard of each row, on its device."""
-        return batch.shard(self.topology.index("context"), self.topology.sizes.context, self.topology.device)
 
 
 def _due(step: int, every: int) -> bool:
