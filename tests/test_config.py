@@ -208,6 +208,7 @@ def test_the_default_run_name_comes_from_model_and_overrides():
     assert load(["guard.anticipate=always"]).run.name == "flash_small_guard.anticipate=always"  # that trains otherwise
     assert load(how).run.name == "flash_small"
     assert load(["run.name=mine"]).run.dir == "runs/mine"
+    assert load(["model.name=full", "seed=2"]).run.name == "full_seed=2"  # said once
 
 
 def test_a_spike_needs_a_checkpoint_to_go_back_to():

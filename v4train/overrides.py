@@ -82,7 +82,8 @@ def without_phases(value: Any, *, _root_: DictConfig) -> Any:
 
 def default_run_name(model: str, overrides: list[str]) -> str:
     """Name from the model and the overrides, never the clock, so that the same command continues the same run."""
-    named = sorted(override for override in overrides if not UNNAMED.match(override))
+    said = f"model.name={model}"  # by the name's first part
+    named = sorted(override for override in overrides if not UNNAMED.match(override) and override != said)
     name = re.sub(r"[^\w.=+-]+", "-", "_".join([model, *named])).strip("-")
     if len(name) > NAME_LENGTH:
         name = f"{name[: NAME_LENGTH - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
