@@ -21,7 +21,7 @@ from v4train.evaluation.measure import measure
 from v4train.evaluation.report import tables
 from v4train.evaluation.scores import scorer
 from v4train.overrides import config_dir
-from v4train.structured import key_values, structured
+from v4train.structured import key_values, structured, wants_help
 from v4train.train.checkpoint import load_model, read_manifest
 from v4train.train.metrics import write_summary
 from v4train.train.run_directory import RunDirectory, find_checkpoint
@@ -61,6 +61,8 @@ class EvaluateConfig(EvaluationConfig):
 
 
 def main(arguments: list[str]) -> None:
+    if wants_help(arguments):
+        return print(__doc__)
     config = read_arguments(arguments)
     if config.tasks:
         from v4train.evaluation import harness  # first: it may be missing

@@ -23,7 +23,7 @@ from v4train.generation import GenerationConfig, generate, stream_text
 from v4train.model import Transformer
 from v4train.model.attention.cache import Cache
 from v4train.overrides import config_dir
-from v4train.structured import key_values, structured
+from v4train.structured import key_values, structured, wants_help
 from v4train.train.checkpoint import load_model
 from v4train.train.run_directory import find_checkpoint
 
@@ -50,6 +50,8 @@ class GenerateConfig(GenerationConfig):
 
 
 def main(arguments: list[str]) -> None:
+    if wants_help(arguments):
+        return print(__doc__)
     config, prompt = read_arguments(arguments)
     directory, path = find_checkpoint(config.run)
     tokenizer = Tokenizer.load(directory.tokenizer)

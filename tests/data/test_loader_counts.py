@@ -82,10 +82,10 @@ def test_batches_are_int64_of_the_promised_shape():
 
 
 def test_a_look_ahead_stays_in_its_document():
-    """A document that goes on in another row ends within this one: the target behind a shard is then another's."""
+    """A document that goes on in another row ends within this one: what is behind a shard is then another's."""
     row = [torch.tensor([values]) for values in ([5, 6, 7, 30, 31, 2], [0, 0, 0, 1, 1, -1], [6, 7, 8, 31, 32, -100])]
     first, second = (Batch(*row).shard(i, 2, torch.device("cpu")) for i in range(2))
-    assert first.targets.tolist() == [[6, 7, 8, -100]] and second.targets.tolist() == [[31, 32, -100, -100]]
+    assert first.targets.tolist() == [[6, 7, 8, -100, -100]] and second.targets.tolist() == [[31, 32] + 3 * [-100]]
     whole = [torch.tensor([values]) for values in ([5, 6, 7, 8], [0, 0, 0, 0], [6, 7, 8, 9])]
     first, second = (Batch(*whole).shard(i, 2, torch.device("cpu")) for i in range(2))
-    assert first.targets.tolist() == [[6, 7, 8]] and second.targets.tolist() == [[8, 9, -100]]
+    assert first.targets.tolist() == [[6, 7, 8, 7]] and second.targets.tolist() == [[8, 9, -100, 9]]

@@ -36,14 +36,20 @@ def test_next_tokens(layout):
         assert torch.equal(ours, expected)
 
 
-@settings(max_examples=30)
-@given(layout=layouts, count=st.integers(2, 4))
-def test_next_tokens_of_shards(layout, count):
-    """With two look-ahead tokens each shard of a row has what the whole row has there."""
-    padding = -(4 + -sum(map(abs, layout)) % count)  # the row's last document ends within it
-    batch = Batch(*batch_of([*layout, padding], [7, -1, 30]))
+@settings(max_examples=60)
+@given(layout=layouts, count=st.integers(2, 4), odd=st.integers(0, 2**16))
+def test_next_tokens_of_shards(layout, count, odd):
+    """With two look-ahead tokens each shard of a row has what the whole row has there.
+
+    Here and there a document's next token is in another row, or a token is no target.
+    """
+    batch = Batch(*batch_of(layout, [7, -1, 30]))
     fields = (batch.input_ids, batch.document_ids, batch.targets)
-    batch = Batch(*(x[:, : x.shape[1] // count * count] for x in fields))
+    batch = Batch(*(x[:, : x.shape[1] // count * count].clone() for x in fields))
+    generator = torch.Generator().manual_seed(odd)
+    untrained, cut = torch.rand(2, *batch.targets.shape, generator=generator) < 0.2
+    ends = (batch.targets < 0) & (batch.document_ids >= 0)
+    batch.targets[untrained], batch.targets[ends & cut] = -100, 5
     whole = next_tokens(batch.input_ids, batch.document_ids, batch.targets)
     shards = [batch.shard(index, count, torch.device("cpu")) for index in range(count)]
     parts = [next_tokens(shard.input_ids, shard.document_ids, shard.targets) for shard in shards]

@@ -102,7 +102,8 @@ def _parts(config: ModelConfig, work: Work) -> Iterator[dict[str, float]]:
         for axis in ("tensor", "context", "expert"):
             sent = attention.get(axis, Sent()).again(whole or work.recompute == "attention")
             yield {axis: sent + rest.get(axis, Sent()).again(whole)}
-    ids = (3 * tokens + (work.rows if work.context > 1 else 0)) * ID_BYTES / BYTES  # a shard has a look-ahead target
+    ahead = 2 * work.rows if work.context > 1 else 0  # a shard's look-ahead
+    ids = (3 * tokens + ahead) * ID_BYTES / BYTES
     yield {"pipeline": (work.pipeline - 1) * (2 * tokens * config.num_streams * hidden + ids)}
 
 

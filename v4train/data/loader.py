@@ -15,7 +15,7 @@ from v4train.data.config import DataConfig
 from v4train.data.corpus import Corpus
 from v4train.data.lanes import LaneReader, LaneRow, Packer, PackerState, RowConfig
 from v4train.data.mixture import Mixture
-from v4train.data.packing import IGNORED_TARGET, PADDING_DOCUMENT, Packed, Row
+from v4train.data.packing import IGNORED_TARGET, Packed, Row
 from v4train.data.prefetch import Prefetch
 from v4train.data.streams import WINDOW_ROWS, Lane
 from v4train.data.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ class Batch:
 
     input_ids: torch.Tensor
     document_ids: torch.Tensor  # constant within a document, changing at each start; -1 is padding
-    targets: torch.Tensor  # the next token of the same document, -100 where there is none; [B, S + 1] of a shard
+    targets: torch.Tensor  # the next token of the same document, -100 where there is none; [B, S + 2] of a shard
 
     @property
     def own_targets(self) -> torch.Tensor:
@@ -45,17 +45,21 @@ class Batch:
     def shard(self, index: int, count: int, device: torch.device) -> "Batch":
         """One of `count` shards of each row, all as long, in order.
 
-        With two look-ahead tokens: the target of its last token is the first, and behind that one's target, -100 where
-        the row ends, is the second. A target that isn't -100 says that its token belongs to the same document.
+        Behind its targets are, for MTP, the target of the token after its last one, and that token: as the row has it
+        there, and -100 where it belongs to another document. The last target alone doesn't tell: a document may be cut
+        there and go on in another row, or the token be no target.
         """
         if count == 1:
             return Batch(*(x.to(device) for x in (self.input_ids, self.document_ids, self.targets)))
         length = self.input_ids.shape[1] // count
         begin, end = index * length, (index + 1) * length
         own = [x[:, begin:end] for x in (self.input_ids, self.document_ids, self.targets)]
-        after = F.pad(self.targets, (0, 1), value=IGNORED_TARGET)[:, end : end + 1]
-        goes_on = F.pad(self.document_ids, (0, 1), value=PADDING_DOCUMENT)[:, end : end + 1] == own[1][:, -1:]
-        own[2] = torch.cat([own[2], torch.where(goes_on, after, IGNORED_TARGET)], 1)
+        if index + 1 < count:
+            ahead = torch.stack([self.targets[:, end], self.input_ids[:, end]], 1)
+            ahead = ahead.where(self.document_ids[:, end : end + 1] == own[1][:, -1:], IGNORED_TARGET)
+        else:  # behind the row nothing but its last target is known
+            ahead = F.pad(own[2][:, -1:], (1, 0), value=IGNORED_TARGET)
+        own[2] = torch.cat([own[2], ahead], 1)
         return Batch(*(x.contiguous().to(device) for x in own))
 
 

@@ -22,13 +22,14 @@ def next_tokens(input_ids: Tensor, document_ids: Tensor, targets: Tensor) -> tup
     A position whose next token lies in another document, or beyond the row and unknown, becomes padding
     (document -1): it joins no attention, no loss and no load. The last column's next token is known from `targets`.
 
-    targets: [B, S + 1] where the target of the token after these is known too.
+    targets: [B, S + 2] where more is known: the target of the token after these, and that token, each -100 where it
+        belongs to another document.
     """
     length = input_ids.shape[1]
-    last = targets[:, length - 1 : length]
+    last = targets[:, -1:]
     following = torch.cat([input_ids[:, 1:], last.clamp(min=0)], dim=1)
     documents = torch.cat([document_ids[:, 1:], torch.where(last >= 0, document_ids[:, -1:], -1)], dim=1)
-    after = targets[:, 1:] if targets.shape[1] > length else F.pad(targets[:, 1:], (0, 1), value=-100)
+    after = targets[:, 1 : length + 1] if targets.shape[1] > length else F.pad(targets[:, 1:], (0, 1), value=-100)
     known = (documents == document_ids) & (document_ids >= 0)
     return torch.where(known, following, 0), torch.where(known, document_ids, -1), torch.where(known, after, -100)
 

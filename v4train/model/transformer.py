@@ -79,8 +79,8 @@ class Transformer(nn.Module):
             input_ids: [B, S] int64.
             document_ids: [B, S] int64, constant within a document, changing at each start, -1 for padding; None is
                 one document a row.
-            targets: [B, S] int64, already shifted, -100 where ignored, or [B, S + 1] with the target of the token after
-                these, for MTP. With targets no [B, S, V] tensor is kept.
+            targets: [B, S] int64, already shifted, -100 where ignored, or [B, S + 2] with the target of the token after
+                these and that token, for MTP. With targets no [B, S, V] tensor is kept.
             cache: from `new_cache`: the tokens follow those it has seen, one document a row, and join it. Logits only,
                 without gradients; nothing is recorded or counted.
 
