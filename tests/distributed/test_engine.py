@@ -247,5 +247,8 @@ def test_deepspeed_json():
     assert config["torch_autocast"]["lower_precision_safe_modules"] == []
     assert "torch_autocast" not in deepspeed_config(extra, zero_stage=1, precision="fp32", **settings)
     assert extra == {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
+    for given, stage, expected in ((extra, 1, 1000), ({}, 1, 7), ({}, 2, 7), ({}, 3, None)):
+        config = deepspeed_config(given, zero_stage=stage, precision="fp32", bucket=7, **settings)
+        assert config["zero_optimization"].get("reduce_bucket_size") == expected
     with pytest.raises(ConfigError, match="precision=fp16"):
         deepspeed_config(extra, zero_stage=1, precision="fp16", **settings)
