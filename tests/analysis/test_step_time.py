@@ -20,7 +20,8 @@ from v4train.analysis.step_time import (
 )
 from v4train.analysis.work import Work
 
-DEVICE = Device(2e9, 1e9, node=2, node_bandwidth=1e6, bandwidth=1e3, memory=1, memory_bandwidth=1e8, latency=0.1)
+LINKS = {"node": 2, "node_bandwidth": 1e6, "bandwidth": 1e3, "latency": 0.1}
+DEVICE = Device(2e9, 1e9, memory=1, memory_bandwidth=1e8, shared=False, **LINKS)
 USE = Use(efficiency=0.5, overlap=0.25)
 CONFIG = tiny_config("swa csa hca", mtp__num_layers=0)
 SIZE = stage_shares(CONFIG, Work(64))[0].size

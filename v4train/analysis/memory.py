@@ -11,8 +11,8 @@
 
 A step passes through phases that never meet, and each is a sum of its own; the largest is the peak:
 
-    backward      all activations and, with accumulation, all gradients at once; without it gradients come as activations
-                  go, block by block, and the sum of both at the block where it is largest counts
+    backward      all activations and, with accumulation, all gradients at once; without it gradients come as
+                  activations go, unit by unit, and the sum of both counts where it is largest
     reduction     of gradients among replicas, from flat copies
     muon          updates of one group of matrices after another
     step          of the flat parts that ZeRO keeps

@@ -42,7 +42,7 @@ class Device:
     memory: float
     memory_bandwidth: float
     latency: float
-    shared: bool = False
+    shared: bool
 
     def check(self, prefix: str) -> None:
         """Raise ConfigError for a number that nothing can be divided by. prefix: of the keys."""
