@@ -28,9 +28,7 @@ class Work:
     newton_schulz_dtype: str = "float32"
     precision: str = "fp32"
     device: str = "cuda"
-    bucket: int | None = (
-        None  # numbers that ZeRO 1-3 reduce at a time: reduce_bucket_size, where it is given
-    )
+    bucket: int | None = None  # numbers that ZeRO 1-3 reduce at a time: reduce_bucket_size, where it is given
 
     @property
     def length(self) -> int:
