@@ -140,7 +140,6 @@ def test_small_parameters_kept_whole_in_zero_3(run, world, name):
     assert resumed["losses"] == result["losses"][SAVE_AT:]
 
 
-@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("world", WORLDS[1:])
 @pytest.mark.parametrize("stage, name", EACH_STAGE[:6])
 def test_gradients_reduced_in_pieces(run, world, stage, name):
@@ -152,6 +151,7 @@ def test_gradients_reduced_in_pieces(run, world, stage, name):
         assert result["norms"] == pytest.approx(expected["norms"], rel=1e-5)
 
 
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("stage, steps, name", COMBINATIONS)
 def test_loading_in_a_new_process_continues_bitwise(run, world, stage, steps, name):
     job = key("train", stage, steps, name)
