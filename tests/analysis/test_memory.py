@@ -1,5 +1,7 @@
 """Memory of a rank: by hand, against what PyTorch holds, and against set-ups that others have published."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from v4train.model.config import model_config
 from v4train.optim.config import BATCH
 from v4train.optim.muon import newton_schulz
 from v4train.overrides import composed
+from v4train.parallel.sizes import REDUCED
 
 
 def shipped(name):
@@ -103,13 +106,15 @@ def test_newton_schulz_is_what_pytorch_allocates(dtype):
 
 
 def test_newton_schulz_takes_a_batch_or_a_tensor():
-    whole, tensor = 4 * BATCH, 2 * BATCH
+    batch = BATCH["cuda"]
+    whole, tensor = 4 * batch, 2 * batch
     small = MuonGroup(False, whole, whole, 1, {(1, 1): [whole, 1]})
     large = MuonGroup(False, whole, whole, 1, {(1, 1): [whole, tensor]})
     work = Work(64, data=4, zero_stage=1)
-    assert newton_schulz_bytes(small, 1.0, work) == 20 * BATCH
+    assert newton_schulz_bytes(small, 1.0, work) == 20 * batch
+    assert newton_schulz_bytes(small, 1.0, replace(work, device="cpu")) == 20 * BATCH["cpu"]
     assert newton_schulz_bytes(large, 1.0, work) == 20 * tensor
-    assert newton_schulz_bytes(large, 1 / 4, work) == 20 * BATCH  # its part of the tensor
+    assert newton_schulz_bytes(large, 1 / 4, work) == 20 * batch  # its part of the tensor
     assert newton_schulz_bytes(large, 1 / 4, Work(64, data=4, zero_stage=3)) == 20 * tensor
 
 
@@ -143,8 +148,37 @@ def test_accumulation_sums_parts_in_zero_2():
 def test_limits_of_deepspeed():
     big = share(size=4 * LIVE)
     assert by_phase(big, Work(64, data=4, zero_stage=3))["backward"].weights == 4 * LIVE + 4 * LIVE
-    assert by_phase(big, Work(64, data=4, zero_stage=2, device="cpu"))["backward"].buffers == 4 * 500_000_000
+    assert by_phase(big, Work(64, data=4, zero_stage=2))["backward"].buffers == 4 * 500_000_000
+    assert by_phase(big, Work(64, data=4, zero_stage=0))["reduction"].working == 4 * 500_000_000
     assert by_phase(big, Work(64, data=4, zero_stage=2, bucket=7))["backward"].buffers == 28
+
+
+def test_buckets_on_a_cpu_are_small():
+    """A million numbers, or the largest tensor; ZeRO 0 copies both together at most."""
+    cpu = {"data": 4, "optimizer": "adamw", "device": "cpu"}
+    for largest in (1000, 3 * REDUCED):
+        of, bucket = share(size=4 * REDUCED, largest=largest), max(REDUCED, largest)
+        assert by_phase(of, Work(64, zero_stage=0, **cpu))["reduction"].working == 4 * min(
+            4 * REDUCED, REDUCED + largest
+        )
+        for stage in (1, 2):
+            assert by_phase(of, Work(64, zero_stage=stage, **cpu))["reduction"].buffers == 4 * bucket
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_gradients_come_as_activations_go(stage):
+    """One micro-batch: what the units up to one keep, and the gradients from it on; ZeRO 2 leaves a rank its part."""
+    config = tiny_config("swa csa hca", mtp__num_layers=0)
+    work = Work(64, data=2, zero_stage=stage, optimizer="adamw", device="cpu")
+    units, (of,) = unit_bytes(config, work), stage_shares(config, work)
+    assert sum(of.by_unit.values()) == of.size and len(of.by_unit) == len(units)
+    (once,), (twice,) = stage_memory(config, work), stage_memory(config, replace(work, accumulation=2))
+    weight = 1 if stage < 2 else 1 / 2
+    sums = [sum(units[: n + 1]) + weight * 4 * sum(of.by_unit[m] for m in range(n, 5)) for n in range(5)]
+    at = max(range(5), key=lambda n: sums[n])
+    assert once.activations == sum(units[: at + 1]) and twice.activations == sum(units)
+    if stage < 2:
+        assert once.gradients == 4 * sum(of.by_unit[m] for m in range(at, 5)) and twice.gradients == 4 * of.size
 
 
 def test_muon_in_zero_3_gathers_gradients_and_momenta():

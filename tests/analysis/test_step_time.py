@@ -1,5 +1,7 @@
 """Time of a step from the numbers of a device, by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.models import tiny_config
@@ -20,7 +22,8 @@ from v4train.analysis.step_time import (
 )
 from v4train.analysis.work import Work
 
-DEVICE = Device(2e9, 1e9, node=2, node_bandwidth=1e6, bandwidth=1e3, memory=1, memory_bandwidth=1e8, latency=0.1)
+LINKS = {"node": 2, "node_bandwidth": 1e6, "bandwidth": 1e3, "latency": 0.1}
+DEVICE = Device(2e9, 1e9, memory=1, memory_bandwidth=1e8, shared=False, **LINKS)
 USE = Use(efficiency=0.5, overlap=0.25)
 CONFIG = tiny_config("swa csa hca", mtp__num_layers=0)
 SIZE = stage_shares(CONFIG, Work(64))[0].size
@@ -93,6 +96,18 @@ def test_bubble_in_a_step():
     work = Work(64, pipeline=2, accumulation=4)
     time = step_time(CONFIG, work, DEVICE, USE)
     assert time.bubble / (time.bubble + time.compute) == pytest.approx(bubble_fraction(work))
+
+
+def test_ranks_that_share_cores_leave_them_to_each_other():
+    """No bubble, and two uneven stages take half as long each as both together."""
+    work = Work(64, accumulation=4, zero_stage=0)
+    together, apart, own = (
+        step_time(CONFIG, of, replace(DEVICE, shared=shared), USE)
+        for of, shared in ((work, True), (replace(work, pipeline=2), True), (replace(work, pipeline=2), False))
+    )
+    assert apart.bubble == 0 < own.bubble
+    assert 2 * apart.compute == pytest.approx(together.compute) and apart.compute < own.compute
+    assert 2 * apart.optimizer == pytest.approx(together.optimizer) and apart.optimizer < own.optimizer
 
 
 def test_traffic_is_that_of_the_formulas():

@@ -189,11 +189,14 @@ def run_job(job: dict, topology: object) -> dict:
     """Train as the job says: stage, accumulation (or that of each step), optimizer; optional: precision, grad_clip,
     used_from, persistence, start and stop (steps), load and save (files, the latter at step `save_at`), inject (a step
     with bad gradients), injection (a key of INJECTIONS), rates (learning rates by group), misuse (make the calls that
-    must fail), phases (run and freeze as PHASES says, and keep the state after each step).
+    must fail), phases (run and freeze as PHASES says, and keep the state after each step), reduced (numbers at a time).
     """
     from v4train.optim import muon
+    from v4train.parallel import deepspeed_fixes, sizes
     from v4train.parallel.engine import Engine
     from v4train.parallel.sizes import ParallelismConfig
+
+    sizes.REDUCED = deepspeed_fixes.REDUCED = job.get("reduced", 1 << 20)
 
     extra = {"zero_optimization": {"stage3_param_persistence_threshold": job.get("persistence", 0)}}
     calls = []

@@ -48,6 +48,8 @@ def train_jobs(world: int, folder: Path) -> dict[str, dict]:
             jobs[key("frozen", stage, steps, name)] = job | {"rates": {f"{name}_indexer": 0.0}, "stop": 1}
         if steps == 1 and stage == 3:
             jobs[key("persistent", stage, steps, name)] = job | {"persistence": 100_000}
+        if steps == 2 and stage < 3 and world > 1:
+            jobs[key("pieces", stage, steps, name)] = job | {"reduced": 100}
     for stage, name in EACH_STAGE if world > 1 else ():  # last: DeepSpeed keeps autocast in a global
         job = {"stage": stage, "accumulation": 2, "optimizer": name, "precision": "bf16", "stop": 4}
         jobs[key("bf16", stage, 2, name)] = job
@@ -136,6 +138,17 @@ def test_small_parameters_kept_whole_in_zero_3(run, world, name):
     assert result["losses"] == pytest.approx(oracle(name, CLIP, 0)["losses"], abs=LOSS_TOLERANCE[name], rel=0)
     resumed = run("load", world)[0][key("persistent", 3, 1, name)]
     assert resumed["losses"] == result["losses"][SAVE_AT:]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("stage, name", EACH_STAGE[:6])
+def test_gradients_reduced_in_pieces(run, world, stage, name):
+    """The largest tensor has 480 numbers, and the bucket of ZeRO 1-2 no more."""
+    expected = oracle(name, CLIP, 1)
+    for rank in run("train", world):
+        result = rank[key("pieces", stage, 2, name)]
+        assert result["losses"] == pytest.approx(expected["losses"], abs=LOSS_TOLERANCE[name], rel=0)
+        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-5)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -247,5 +260,8 @@ def test_deepspeed_json():
     assert config["torch_autocast"]["lower_precision_safe_modules"] == []
     assert "torch_autocast" not in deepspeed_config(extra, zero_stage=1, precision="fp32", **settings)
     assert extra == {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
+    for given, stage, expected in ((extra, 1, 1000), ({}, 1, 7), ({}, 2, 7), ({}, 3, None)):
+        config = deepspeed_config(given, zero_stage=stage, precision="fp32", bucket=7, **settings)
+        assert config["zero_optimization"].get("reduce_bucket_size") == expected
     with pytest.raises(ConfigError, match="precision=fp16"):
         deepspeed_config(extra, zero_stage=1, precision="fp16", **settings)

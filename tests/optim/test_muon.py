@@ -116,7 +116,7 @@ def test_joined_groups_are_one_matrix():
 def test_matrices_of_equal_shape_go_through_newton_schulz_together(monkeypatch):
     seen = []
     monkeypatch.setattr(muon, "newton_schulz", lambda x, *settings: seen.append(tuple(x.shape)) or x.clone())
-    monkeypatch.setattr(muon, "BATCH", 16 * 8 * 6)
+    monkeypatch.setitem(muon.BATCH, "cpu", 16 * 8 * 6)
     shapes = [(24, 6), (24, 6), (5, 2, 8, 6), (8, 6), (3, 8, 6)]
     matrices = [Matrices((4, 4, 16)), Matrices(8), Matrices(), Matrices(), Matrices()]
     zeros = [torch.zeros(shape) for shape in shapes]

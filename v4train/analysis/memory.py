@@ -11,7 +11,8 @@
 
 A step passes through phases that never meet, and each is a sum of its own; the largest is the peak:
 
-    backward      all gradients and all activations at once: so it is with accumulation, and without it at most
+    backward      all activations and, with accumulation, all gradients at once; without it gradients come as
+                  activations go, unit by unit, and the sum of both counts where it is largest
     reduction     of gradients among replicas, from flat copies
     muon          updates of one group of matrices after another
     step          of the flat parts that ZeRO keeps
@@ -19,16 +20,17 @@ A step passes through phases that never meet, and each is a sum of its own; the 
 Not counted: the process itself (Python, PyTorch, CUDA's context), NCCL's buffers, holes between blocks of memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from v4train.analysis.activations import recomputed_bytes, unit_bytes, working_bytes
 from v4train.analysis.parameters import MuonGroup, Share, copied_embedding, stage_shares
 from v4train.analysis.work import Work
 from v4train.model.config import ModelConfig
 from v4train.optim.config import BATCH
+from v4train.parallel.sizes import REDUCED, reduce_bucket_size
 
 LIVE = 1_000_000_000  # numbers that ZeRO 3 keeps gathered, at most: its max_live_parameters
-WHOLE_BUCKET = 500_000_000  # numbers that ZeRO 0 reduces at a time: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
+BUCKET = 500_000_000  # numbers that are reduced at a time on a GPU: its reduce_bucket_size, MEMORY_OPT_ALLREDUCE_SIZE
 GIB = 2**30
 
 
@@ -56,10 +58,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of micro-batches: `held` by all in flight, `working` at a time, `handed_on` between stages; `fixed` of
-    tables and copies that no phase is without."""
+    """Bytes of micro-batches: `held` by all in flight when most is, `working` at a time, `handed_on` between stages;
+    `fixed` of tables and copies that no phase is without. made: the share of the gradients that there are by then."""
 
     held: float = 0
+    made: float = 1
     working: float = 0
     handed_on: float = 0
     fixed: float = 0
@@ -79,13 +82,30 @@ def stage_memory(config: ModelConfig, work: Work, shares: list[Share] | None = N
     stages = []
     for stage, share in enumerate(shares):
         in_flight = min(work.pipeline - stage, work.accumulation)
-        kept = sum(units[share.units])
+        kept, made = _held(units, share, work)
         if work.precision == "bf16" and work.recompute != "block":
             kept += 2 * share.cast
         fixed = (2 * 4 * copied if stage == work.pipeline - 1 else 0) + (_tables(config) if stage == 0 else 0)
-        needs = Needs(in_flight * kept, at_a_time, _handed_on(config, work, stage, in_flight), fixed)
+        needs = Needs(in_flight * kept, made, at_a_time, _handed_on(config, work, stage, in_flight), fixed)
         stages.append(max(phases(share, work, needs), key=lambda memory: memory.total))
     return stages
+
+
+def _held(units: list[float], share: Share, work: Work) -> tuple[float, float]:
+    """Bytes that a micro-batch keeps, and the share of the gradients that are made, when both come to most.
+
+    Where a step has several micro-batches, the last one begins its backward pass with all of either. One alone gives up
+    what each unit has kept as its gradients are made, the last unit first.
+    """
+    if work.accumulation > 1:
+        return sum(units[share.units]), 1.0
+    weight = 4 * (_part(share.size, share.experts, work) / share.size if work.zero_stage > 1 else 1)
+    kept, gradients, found = sum(units[share.units]), 0.0, []
+    for unit in reversed(range(share.units.start, share.units.stop)):
+        gradients += share.by_unit[unit]
+        found.append((kept + weight * gradients, kept, gradients / share.size))
+        kept -= units[unit]
+    return max(found)[1:]
 
 
 def least_memory(share: Share, work: Work) -> Memory:
@@ -95,10 +115,20 @@ def least_memory(share: Share, work: Work) -> Memory:
 
 def phases(share: Share, work: Work, needs: Needs) -> list[Memory]:
     """What a rank with this share holds in each phase of a step."""
+    work = replace(work, bucket=_bucket(share, work))
     muon = _Muon.of(share, work) if work.optimizer == "muon" else _Muon()
     own = 4 * _part(share.size, share.experts, work)
     of = {0: _whole, 1: _sharded_states, 2: _sharded_gradients, 3: _sharded_weights}[work.zero_stage]
     return of(4 * share.size, own, muon, work, needs)
+
+
+def _bucket(share: Share, work: Work) -> int:
+    """Numbers that are reduced at a time; ZeRO 0 has no key to say so."""
+    if work.bucket and work.zero_stage > 0:
+        return work.bucket
+    if work.device != "cpu" or work.zero_stage == 3:
+        return BUCKET
+    return REDUCED + share.largest if work.zero_stage == 0 else reduce_bucket_size(share.size, share.largest)
 
 
 @dataclass(frozen=True)
@@ -140,7 +170,7 @@ def newton_schulz_bytes(group: MuonGroup, fraction: float, work: Work) -> float:
     """
     found = 0.0
     for (short, long), (whole, largest) in group.shapes.items():
-        together = min(max(largest, min(BATCH, whole)), max(fraction * whole, short * long))
+        together = min(max(largest, min(BATCH[work.device], whole)), max(fraction * whole, short * long))
         together = largest if work.zero_stage == 3 else together
         element = 14 if work.newton_schulz_dtype == "bfloat16" else 4 * (3 + 2 * short / long)
         found = max(found, together * element)
@@ -160,9 +190,9 @@ def _whole(size: float, own: float, muon: _Muon, work: Work, needs: Needs) -> li
     """ZeRO 0."""
     states = muon.matrices + 2 * (size - muon.matrices)
     held = (size, size, states, needs.fixed)
-    flat = min(4 * WHOLE_BUCKET, size) if work.replicas > 1 else 0
+    flat = min(4 * work.bucket, size) if work.replicas > 1 else 0
     return [
-        Memory("backward", size, size, states, needs.fixed + needs.handed_on, needs.held, needs.working),
+        Memory("backward", size, needs.made * size, states, needs.fixed + needs.handed_on, needs.held, needs.working),
         Memory("reduction", *held, 0, flat),
         Memory("muon", *held, 0, muon.copies + muon.newton_schulz),
     ]
@@ -181,9 +211,9 @@ def _sharded_states(size: float, own: float, muon: _Muon, work: Work, needs: Nee
     untouched = 0 if work.device == "cpu" else bucket
     # In the bucket they have no other place. A second one meets the rank's part that was taken out of the first
     beside = max(filled, own if filled < size else 0)
-    fixed = needs.fixed
+    fixed, made = needs.fixed, needs.made * size
     return [
-        Memory("backward", size, size, states, fixed + untouched + needs.handed_on, needs.held, needs.working),
+        Memory("backward", size, made, states, fixed + untouched + needs.handed_on, needs.held, needs.working),
         Memory("reduction", size, size - filled, states, fixed + bucket, 0, beside),
         *_muon_and_step(size, own, states, bucket + fixed, muon, fixed),
     ]
@@ -196,10 +226,10 @@ def _sharded_gradients(size: float, own: float, muon: _Muon, work: Work, needs: 
     summed = own if work.accumulation > 1 else 0  # of the micro-batches before
     # Where the bucket holds all of them, it is reduced when backward is over
     flat, taken = (filled, own) if filled < size else (0, 0)
-    buffers = needs.fixed + bucket
+    made, buffers = needs.made * taken, needs.fixed + bucket
     backward = needs.working + flat
     return [
-        Memory("backward", size, summed + taken, states, buffers + needs.handed_on, needs.held, backward),
+        Memory("backward", size, summed + made, states, buffers + needs.handed_on, needs.held, backward),
         Memory("reduction", size, summed + taken, states, buffers, 0, max(filled, own if not taken else 0)),
         *_muon_and_step(size, own + summed, states, buffers, muon, needs.fixed),
     ]

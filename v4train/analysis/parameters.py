@@ -143,6 +143,7 @@ class Share:
 
     units: slice  # its stage's, of those that `stage_bounds` cuts
     size: int = 0
+    largest: int = 0  # tensor
     experts: int = 0
     matrices: int = 0  # Muon's with `optimizer=muon`
     expert_matrices: int = 0
@@ -151,10 +152,13 @@ class Share:
     cast: int = 0  # multiplied in bf16 under autocast, by way of a copy
     newton_schulz: float = 0.0  # FLOPs of one iteration on all of its matrices, whole ones where they are cut
     groups: dict[tuple, MuonGroup] = field(default_factory=dict)
+    by_unit: Counter[int] = field(default_factory=Counter)
 
-    def add(self, parameter: Parameter, work: Work) -> None:
+    def add(self, parameter: Parameter, unit: int, work: Work) -> None:
         size, expert, matrix = parameter.size_on_rank(work), parameter.is_expert, parameter.is_matrix
         self.size += size
+        self.largest = max(self.largest, size)
+        self.by_unit[unit] += size
         self.experts += size * expert
         if not matrix:
             return
@@ -179,7 +183,8 @@ def stage_shares(config: ModelConfig, work: Work) -> list[Share]:
     bounds = stage_bounds(config, work.sequence_length, work.pipeline)
     stages = [Share(slice(begin, end)) for begin, end in pairwise(bounds)]
     for parameter in parameters(config):
-        stages[bisect(bounds, _unit(parameter.name, config)) - 1].add(parameter, work)
+        unit = _unit(parameter.name, config)
+        stages[bisect(bounds, unit) - 1].add(parameter, unit, work)
     return stages
 
 

@@ -6,12 +6,14 @@ A micro-batch takes its FLOPs (recomputation included) over peak x efficiency, a
 backward and over weights and gradients: what is no product is bound by memory. So is the optimizer, but for Muon's
 products. Tensor parallelism shares out heads, inner channels and vocabulary;
 each rank does the rest for all of the tokens. Traffic is `communication.py`'s, over the link that joins the ranks of
-its axis; besides, ranks wait for each other in each exchange. For choosing between layouts: the sum is no better than
-the few numbers in conf/plan.yaml.
+its axis; besides, ranks wait for each other in each exchange. Ranks that share the cores of a machine leave them to
+each other while they wait: there the mean stage counts, and there is no bubble. For choosing between layouts: the sum
+is no better than the few numbers in conf/plan.yaml.
 """
 
 import math
 from dataclasses import dataclass, fields, replace
+from statistics import mean
 
 from v4train.analysis.activations import unit_bytes
 from v4train.analysis.communication import activation_bytes, gradient_bytes, muon_bytes
@@ -40,12 +42,14 @@ class Device:
     memory: float
     memory_bandwidth: float
     latency: float
+    shared: bool
 
     def check(self, prefix: str) -> None:
         """Raise ConfigError for a number that nothing can be divided by. prefix: of the keys."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if not 0 < value < math.inf and not (field.name == "latency" and value == 0):
+            fine = field.name == "shared" or (field.name == "latency" and value == 0)
+            if not fine and not 0 < value < math.inf:
                 remedy = "conf/plan.yaml describes some devices"
                 raise ConfigError(f"{prefix}.{field.name}", value, "it must be above 0", remedy)
 
@@ -86,19 +90,22 @@ def step_time(config: ModelConfig, work: Work, device: Device, use: Use, shares:
     rate, bandwidth = peak * use.efficiency, device.memory_bandwidth
     kept = unit_bytes(config, replace(work, recompute="none"))
     own = _share_of_flops(config, work) * work.tokens / rate
-    micro_batch = max(
-        own * flops + (PASSES * sum(kept[share.units]) + WEIGHT_PASSES * 4 * share.size) / bandwidth
-        for flops, share in zip(_stage_flops(config, work, shares), shares, strict=True)
+    of_stages = mean if device.shared else max
+    micro_batch = of_stages(
+        [
+            own * flops + (PASSES * sum(kept[share.units]) + WEIGHT_PASSES * 4 * share.size) / bandwidth
+            for flops, share in zip(_stage_flops(config, work, shares), shares, strict=True)
+        ]
     )
     compute = work.accumulation * micro_batch
-    optimizer = max(STATE_PASSES * 4 * _updated(share, work) for share in shares) / bandwidth
+    optimizer = of_stages([STATE_PASSES * 4 * _updated(share, work) for share in shares]) / bandwidth
     if work.optimizer == "muon":
         products = device.flops_bf16 if work.newton_schulz_dtype == "bfloat16" else device.flops_fp32
-        flops = work.newton_schulz_steps * max(_orthogonalised(share, work) for share in shares)
+        flops = work.newton_schulz_steps * of_stages([_orthogonalised(share, work) for share in shares])
         optimizer += flops / (products * use.efficiency)
     traffic = traffic_per_rank(config, work, shares)
     seconds = sum(sent / _bandwidth(axis, work, device) for axis, sent in traffic.items())
-    bubble = (work.pipeline - 1) * micro_batch
+    bubble = 0.0 if device.shared else (work.pipeline - 1) * micro_batch
     communication = (1 - use.overlap) * seconds + device.latency * exchanges(config, work)
     flops = training_flops_per_token(config, work.sequence_length) * work.step_tokens / work.world
     mfu = flops / peak / (compute + bubble + optimizer + communication)

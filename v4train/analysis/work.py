@@ -28,7 +28,7 @@ class Work:
     newton_schulz_dtype: str = "float32"
     precision: str = "fp32"
     device: str = "cuda"
-    bucket: int = 500_000_000  # numbers that ZeRO reduces at a time: DeepSpeed's reduce_bucket_size, its default
+    bucket: int | None = None  # numbers that ZeRO 1-3 reduce at a time: reduce_bucket_size, where it is given
 
     @property
     def length(self) -> int:

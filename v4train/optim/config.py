@@ -6,7 +6,9 @@ from v4train.errors import ConfigError
 
 OPTIMIZERS = ("muon", "adamw")
 NEWTON_SCHULZ_DTYPES = ("auto", "float32", "bfloat16")
-BATCH = 1 << 24  # matrix elements that go through Newton-Schulz together: more make no product faster, and need memory
+# Matrix elements that go through Newton-Schulz together, by where they are: more make no product faster, and need
+# memory; on a CPU in blocks so large that none fits into what smaller ones leave of the heap
+BATCH = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 @dataclass

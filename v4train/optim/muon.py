@@ -96,19 +96,20 @@ def muon_updates(
 
     gradients, momenta: `[..., n, m]`; each momentum is changed in place to M = beta M + G, gradients are left alone.
     O = NewtonSchulz(beta M + G) * sqrt(max(n, m)) * update_rms, so a full-rank update has that root mean square.
-    Matrices of equal shape, of any tensor, go through the iteration together, about BATCH elements at a time.
+    Matrices of equal shape, of any tensor, go through the iteration together, so many elements at a time as BATCH says.
     """
     stacks: list[list[Tensor]] = []
     for gradient, momentum, of in zip(gradients, momenta, matrices, strict=True):
         momentum.mul_(beta).add_(gradient)
         stacks.append(of.apart(torch.add(gradient, momentum, alpha=beta)))
+    most = BATCH[momenta[0].device.type] if momenta else 0
     by_shape: dict[torch.Size, list[tuple[int, int]]] = defaultdict(list)
     for i, own in enumerate(stacks):
         for j, stack in enumerate(own):
             by_shape[stack.shape[1:]].append((i, j))
     for (rows, columns), places in by_shape.items():
         scale = math.sqrt(max(rows, columns)) * update_rms
-        for batch in _batches(places, [stacks[i][j].numel() for i, j in places]):
+        for batch in _batches(places, [stacks[i][j].numel() for i, j in places], most):
             chosen = [stacks[i][j] for i, j in batch]
             results = newton_schulz(chosen[0] if len(chosen) == 1 else torch.cat(chosen), steps, dtype).mul_(scale)
             for (i, j), result in zip(batch, results.split([len(stack) for stack in chosen]), strict=True):
@@ -117,11 +118,11 @@ def muon_updates(
     return [of.together(own, gradient.shape) for of, own, gradient in parts]
 
 
-def _batches(places: list, sizes: list[int]) -> Iterator[list]:
-    """Neighbours together while their sizes sum to BATCH at most."""
+def _batches(places: list, sizes: list[int], most: int) -> Iterator[list]:
+    """Neighbours together while their sizes sum to `most`."""
     batch, total = [], 0
     for place, size in zip(places, sizes, strict=True):
-        if batch and total + size > BATCH:
+        if batch and total + size > most:
             yield batch
             batch, total = [], 0
         batch.append(place)

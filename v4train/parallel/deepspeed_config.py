@@ -65,12 +65,18 @@ def deepspeed_config(
     accumulation_steps: int,
     precision: str,
     use_muon: bool,
+    bucket: int | None = None,
 ) -> dict[str, Any]:
-    """The JSON given to `deepspeed.initialize`. `precision` is fp32 or bf16; `extra` passes `check_deepspeed_keys`."""
+    """The JSON given to `deepspeed.initialize`. `precision` is fp32 or bf16; `extra` passes `check_deepspeed_keys`.
+
+    bucket: numbers that ZeRO 1-2 reduce at a time where `extra` doesn't say; None for DeepSpeed's default.
+    """
     if precision not in ("fp32", "bf16"):
         raise ConfigError("precision", precision, "unknown precision", "use fp32 or bf16")
     check_deepspeed_keys(extra)
     zero = dict(extra.get("zero_optimization") or {}, stage=zero_stage)
+    if bucket is not None and zero_stage in (1, 2):
+        zero.setdefault("reduce_bucket_size", bucket)
     if zero_stage == 3 and use_muon:
         zero["reduce_scatter"] = False  # deepspeed 0.19.8 refuses Muon with it
     config = dict(

@@ -27,6 +27,7 @@ from v4train.parallel.deepspeed_fixes import (
     LossFirst,
     Mpu,
     muon_settings,
+    reduce_in_pieces,
     share_out_experts,
     sum_gradients_by_module,
 )
@@ -34,7 +35,7 @@ from v4train.parallel.gradients import gradients_of
 from v4train.parallel.groups import Groups, process_groups
 from v4train.parallel.layout import Layout
 from v4train.parallel.optimizer_state import ADAMW_KEYS, MUON_KEYS, STEP, WEIGHT, adamw_state, state_access
-from v4train.parallel.sizes import ParallelismConfig
+from v4train.parallel.sizes import ParallelismConfig, reduce_bucket_size
 from v4train.parallel.slices import Box, Slice
 from v4train.parallel.topology import Topology
 
@@ -100,6 +101,7 @@ class Engine:
         self._optimizer = build_optimizer(self.groups, optimizer_config, groups["tensor"])
         if parallelism.zero_stage < 3:
             sum_gradients_by_module(model)
+        sizes = [parameter.numel() for parameter, _ in self._parameters.values()]
         config = deepspeed_config(
             parallelism.deepspeed,
             zero_stage=parallelism.zero_stage,
@@ -108,8 +110,11 @@ class Engine:
             accumulation_steps=accumulation_steps,
             precision=precision,
             use_muon=optimizer_config.name == "muon",
+            bucket=reduce_bucket_size(sum(sizes), max(sizes, default=0)) if topology.device.type == "cpu" else None,
         )
         self._engine, zero, _, _ = self._initialize(deepspeed, config, groups)
+        if topology.device.type == "cpu":
+            reduce_in_pieces(self._engine)
         counted = {group.name for group in self.groups if self._counts(group, parallelism.zero_stage)}
         settings = muon_settings(optimizer_config)
         self._gradients = gradients_of(parallelism.zero_stage, self._optimizer, zero, counted, settings)

@@ -9,6 +9,16 @@ from v4train.errors import ConfigError
 from v4train.parallel.deepspeed_config import check_deepspeed_keys
 
 AXES = ("pipeline", "data", "context", "tensor")
+REDUCED = 1 << 20  # numbers whose gradients ZeRO 0-2 reduce at a time on a CPU
+
+
+def reduce_bucket_size(numbers: int, largest: int) -> int:
+    """Numbers of ZeRO 1-2's bucket on a CPU, where a rank trains so many, in tensors of `largest` at most.
+
+    DeepSpeed's own, 500 million, would be one block as large as all gradients, and a second one of what is sent. Where
+    tensors lie all over the heap there is room for such at its end only. No tensor is larger than the bucket.
+    """
+    return min(numbers, max(REDUCED, largest))
 
 
 @dataclass
