@@ -22,9 +22,10 @@ def test_pairs_in_the_right_order():
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_six_layouts_on_four_ranks():
-    """The order by time is mostly right; memory is what the formula says, to a third where ZeRO shards."""
-    command = [sys.executable, "tools/measure_layouts.py", "--ranks", "4", "--steps", "3"]
+    """The order by time is mostly right, and memory within 15 %. Rows are so long that blocks of a fixed size, which
+    leave holes in the heap, weigh little."""
+    command = [sys.executable, "tools/measure_layouts.py", "train.sequence_length=1024", "--ranks", "4", "--steps", "3"]
     result = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=1700, check=True).stdout)
     assert len(result["layouts"]) == 6 and result["pairs"] >= 0.6
     for row in result["layouts"]:
-        assert 0.65 < row["memory_ratio"] < 1.2, row
+        assert 0.85 < row["memory_ratio"] < 1.15, row
