@@ -27,7 +27,7 @@ from v4train.analysis.decode import (
     decode_matrices,
     fp8_equivalents,
 )
-from v4train.analysis.flops import part_flops, training_flops_per_token
+from v4train.analysis.flops import MODE_PASSES, part_flops, training_flops_per_token
 from v4train.analysis.kv_cache import (
     cache_bytes,
     cache_bytes_per_token,
@@ -153,8 +153,8 @@ def training(model: ModelConfig, work: Work) -> dict[str, Any]:
     memory = peak_memory(model, work)
     return {
         "layout": asdict(work) | {"ranks": work.world, "tokens_per_step": work.step_tokens},
-        "training_flops_per_token": training_flops_per_token(model, work.sequence_length),
-        "training_flops_by_part": training_parts(model, work.sequence_length),
+        "training_flops_per_token": training_flops_per_token(model, work.sequence_length, work.mode),
+        "training_flops_by_part": training_parts(model, work.sequence_length, work.mode),
         "memory_gib": {name: size / GIB for name, size in memory.parts.items()} | {"total": memory.total / GIB},
         "memory_phase": memory.phase,
         "traffic_gib": {axis: sent / GIB for axis, sent in traffic_per_rank(model, work).items()},
@@ -162,11 +162,14 @@ def training(model: ModelConfig, work: Work) -> dict[str, Any]:
     }
 
 
-def training_parts(model: ModelConfig, sequence_length: int) -> dict[str, float]:
-    """Training FLOPs per token: of every kind of product, of attention over what is seen, and of MTP as a whole."""
-    parts = {kind: 6.0 * size for kind, size in decode_matrices(model).items()}
-    of_mtp = sum(part_flops(model, sequence_length)[model.num_layers + 2 :])
-    whole = training_flops_per_token(model, sequence_length)
+def training_parts(model: ModelConfig, sequence_length: int, mode: str) -> dict[str, float]:
+    """Training FLOPs per token: of every kind of product, of the indexers' matrices, of attention over what is seen and
+    indexers' scores, and of MTP as a whole."""
+    of_trunk, of_indexers = MODE_PASSES[mode]
+    sizes = decode_matrices(model, indexers_apart=True)
+    parts = {kind: 2.0 * (of_indexers if kind == "indexers" else of_trunk) * size for kind, size in sizes.items()}
+    of_mtp = sum(part_flops(model, sequence_length, mode)[model.num_layers + 2 :])
+    whole = training_flops_per_token(model, sequence_length, mode)
     parts["attention"] = whole - of_mtp - sum(parts.values())
     return parts | ({"mtp": of_mtp} if of_mtp else {})
 
@@ -240,7 +243,7 @@ def shown(name: str, result: dict[str, Any], options: EstimateConfig) -> str:
             "step",
             f"{layout['tokens_per_step']:,} tokens: {layout['accumulation']} micro-batches of {layout['rows']} x "
             f"{layout['sequence_length']:,} on each of {layout['data']} data ranks, {layout['optimizer']}, "
-            f"{layout['precision']}, recompute {layout['recompute']}",
+            f"{layout['precision']}, recompute {layout['recompute']}, attention {layout['mode']}",
         ),
         (f"GiB of the fullest rank, in {result['memory_phase']}", joined(memory, memory["total"], per=1)),
         ("GiB that a rank sends a step", joined(result["traffic_gib"], sum(result["traffic_gib"].values()), per=1)),

@@ -139,8 +139,8 @@ class Search:
 
     def __init__(self, config: DictConfig, overrides: list[str], options: PlanConfig) -> None:
         """Raises ConfigError for what no layout could have."""
-        self.options, self.batch, self.steps = options, read_batch(config), read_steps(config)
-        self.model: ModelConfig = model_config(config.model)
+        self.options, self.batch, self.model = options, read_batch(config), model_config(config.model)
+        self.steps = read_steps(config, self.model)
         keys = {word.lstrip("+").partition("=")[0] for word in overrides}
         self.fixed = fixed_sizes(config, overrides)
         check_fixed(self.fixed, self.model, options.gpus)
@@ -199,7 +199,7 @@ class Search:
                     yield Sizes(pipeline, data, context, tensor, expert)
 
     def _of(self, work: Work) -> list[Share]:
-        key = (work.sequence_length, work.pipeline, work.tensor, work.expert)
+        key = (work.pipeline, work.tensor, work.expert)
         if key not in self._shares:
             self._shares[key] = stage_shares(self.model, work)
         return self._shares[key]

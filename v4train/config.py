@@ -16,7 +16,7 @@ from v4train.errors import ConfigError
 from v4train.evaluation.config import EvaluationConfig
 from v4train.model import ModelConfig, model_config
 from v4train.model.compiled import cpp_compiler
-from v4train.model.rules import ATTENTION_MODES, RECOMPUTE_LEVELS
+from v4train.model.rules import RECOMPUTE_LEVELS, check_attention_mode
 from v4train.optim.config import OptimizerConfig
 from v4train.optim.schedules import ScheduleConfig
 from v4train.overrides import complete, composed
@@ -216,8 +216,6 @@ def _check_train(train: TrainConfig, schedule: ScheduleConfig) -> None:
         refuse("max_steps", "nothing says how long to train", "set train.max_steps or train.max_tokens")
     if train.profile is not None and not (len(train.profile) == 2 and 1 <= train.profile[0] < train.profile[1]):
         refuse("profile", "it must be [start,stop] with 1 <= start < stop", "profile steps 5 to 9 with [5,10], or null")
-    if train.attention_mode not in ATTENTION_MODES:
-        refuse("attention_mode", "unknown mode", f"use one of {', '.join(ATTENTION_MODES)}")
 
 
 def _check_plan(made: Settings) -> None:
@@ -231,8 +229,5 @@ def _check_plan(made: Settings) -> None:
         for batch, _ in phase.batches:
             check_batch(batch, phase.micro_batch_size, sizes.data, prefix)
         check_layout_of(made.model, sizes, phase.sequence_length, f"{prefix}.sequence_length")
-        if phase.attention_mode == "indexer_warmup" and not made.model.indexed_kinds:
-            rule = f"no layer of {' '.join(made.model.layer_kinds)} has a lightning indexer, so nothing would learn"
-            remedy = "use dense, or a csa or dsa layer in model.attention_mix"
-            raise ConfigError(f"{prefix}.attention_mode", phase.attention_mode, rule, remedy)
+        check_attention_mode(made.model, phase.attention_mode, f"{prefix}.attention_mode")
     train.micro_batch_size = made.micro_batch(made.plan.last)

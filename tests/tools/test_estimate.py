@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+from v4train.analysis.flops import training_flops_per_token
 from v4train.errors import ConfigError
+from v4train.model.config import model_config
+from v4train.overrides import composed
 
 COMPARE = ["estimate.compare=[v32,flash,pro]", "estimate.context=1048576"]
 SPEC = importlib.util.find_spec("tools.estimate")
@@ -76,6 +79,31 @@ def test_ranks_of_a_layout(tool, capsys):
     assert (layout["ranks"], layout["tensor"], layout["data"]) == (4, 2, 2)
 
 
+def test_the_attention_mode(tool, capsys):
+    """What a dry run of the same says; the trunk's products once instead of three times."""
+    found = {}
+    for mode in ("sparse", "indexer_warmup", "dense"):
+        given = [f"train.attention_mode={mode}", "train.sequence_length=2048", "estimate.format=json"]
+        found[mode] = json.loads(printed(tool, capsys, *given))
+        model = model_config(composed("pretrain", []).model)
+        per_token, parts = found[mode]["training_flops_per_token"], found[mode]["training_flops_by_part"]
+        assert per_token == training_flops_per_token(model, 2048, mode) == pytest.approx(sum(parts.values()))
+        assert found[mode]["layout"]["mode"] == mode
+    sparse, warmup, dense = (of["training_flops_by_part"] for of in found.values())
+    assert sparse["ffn"] == dense["ffn"] == 3 * warmup["ffn"]
+    assert sparse["indexers"] == warmup["indexers"] > dense["indexers"] == 0
+
+
+def test_stages_are_those_that_a_run_cuts_once(tool, capsys):
+    """For the rows of the last phase, not for those of the phase that needs most."""
+    phases = [f"+schedule.phases.{number}.micro_batch_size=1" for number in (1, 2)]
+    given = ["schedule=v4_small", "parallelism=pipeline", *phases, "schedule.phases.2.sequence_length=128"]
+    layout = json.loads(printed(tool, capsys, *given, "schedule.phases.2.tokens=2048", "estimate.format=json"))[
+        "layout"
+    ]
+    assert layout["sequence_length"] > layout["stage_length"] == 128
+
+
 def test_the_phase_that_needs_most(tool, capsys):
     """v4_small's rows of 512 tokens, not the last phase's micro-batches of one."""
     given = ["model=flash_small", "schedule=v4_small", "+schedule.phases.2.micro_batch_size=1", "estimate.format=json"]
@@ -111,6 +139,8 @@ def test_the_plot(tool, capsys, tmp_path):
         (["estimate.compare=[pro,nothing]"], "model=nothing: there is no such option"),
         (["estimate.compare=[pro]", "model=flash"], "model=flash: estimate.compare names the models"),
         (["parallelism.tensor=3"], "parallelism.tensor=3: .* must be a multiple of it"),
+        (["train.attention_mode=foo"], "train.attention_mode=foo: unknown mode; use one of dense"),
+        (["model=dense_small", "train.attention_mode=indexer_warmup"], "train.attention_mode=.*: no layer of gqa"),
         (["train.recompute=all"], "train.recompute=all: unknown level"),
         (["train.global_batch_size=0"], "train.global_batch_size=0: it must be at least 1"),
         (["estimate.rates.fp8=-1"], "estimate.rates.fp8=-1.0: it must be above 0"),

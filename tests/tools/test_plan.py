@@ -134,6 +134,7 @@ def test_plans_of_small_models_take_what_is_fixed(tool, capsys):
         (["parallelism.expert=0"], "parallelism.expert=0: it must be at least 1"),
         (["parallelism.zero_stage=9"], "parallelism.zero_stage=9: ZeRO has stages 0 to 3"),
         (["parallelism.pipeline=2", "parallelism.zero_stage=2"], "parallelism.zero_stage=2: DeepSpeed's pipeline"),
+        (["train.attention_mode=foo"], "train.attention_mode=foo: unknown mode; use one of dense"),
         (["devices.h100.bandwidth=0"], "devices.h100.bandwidth=0.0: it must be above 0"),
         (["devices.h100.flops_bf16=-1"], "devices.h100.flops_bf16=-1.0: it must be above 0"),
         (["hardware=abacus"], "hardware=abacus: there is no such device; use one of h100"),
