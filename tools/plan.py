@@ -36,6 +36,7 @@ from v4train.model.rules import RECOMPUTE_LEVELS
 from v4train.overrides import complete, composed, config_dir
 from v4train.parallel.rules import check_layout_of
 from v4train.parallel.sizes import AXES, ParallelismConfig, Sizes, check_values
+from v4train.rules import check_compile
 from v4train.structured import structured, wants_help
 
 FORMATS = ("table", "json")
@@ -144,6 +145,8 @@ class Search:
         keys = {word.lstrip("+").partition("=")[0] for word in overrides}
         self.fixed = fixed_sizes(config, overrides)
         check_fixed(self.fixed, self.model, options.gpus)
+        check_compile(config.compile, self.fixed.get("tensor", 1))
+        self.max_tensor = 1 if config.compile else options.max_tensor
         self.recompute = [self.batch.recompute] if "train.recompute" in keys else list(RECOMPUTE_LEVELS)
         self.words = self._words(config)
         self._shares: dict[tuple[int, ...], list[Share]] = {}
@@ -181,7 +184,7 @@ class Search:
 
     def _sizes(self) -> Iterator[Sizes]:
         limits, gpus = self.options, self.options.gpus
-        axes = {"pipeline": limits.max_pipeline, "tensor": limits.max_tensor, "context": limits.max_context}
+        axes = {"pipeline": limits.max_pipeline, "tensor": self.max_tensor, "context": limits.max_context}
         choices = [
             [self.fixed[axis]] if axis in self.fixed else [n for n in divisors(gpus) if n <= limit]
             for axis, limit in axes.items()

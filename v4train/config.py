@@ -23,14 +23,12 @@ from v4train.overrides import complete, composed
 from v4train.parallel.rules import check_layout_of
 from v4train.parallel.sizes import ParallelismConfig, check_batch, default_micro_batch
 from v4train.parallel.topology import Topology, make_topology
+from v4train.rules import DEVICES, PRECISIONS, check_compile
 from v4train.structured import structured
 from v4train.train.checkpoint import CheckpointConfig
 from v4train.train.phases import Plan, Stage, make_plan
 from v4train.train.spike_guard import GuardConfig
 from v4train.train.tracking import TrackingConfig
-
-PRECISIONS = ("fp32", "bf16")
-DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass
@@ -127,10 +125,9 @@ def settings(config: DictConfig) -> Settings:
         raise ConfigError("seed", seed, "it must be a whole number from 0 to 2^63 - 1", "use seed=1")
     if precision not in PRECISIONS:
         raise ConfigError("precision", precision, "unknown precision", f"use one of {', '.join(PRECISIONS)}")
-    if not isinstance(resolved["compile"], bool):
-        raise ConfigError("compile", resolved["compile"], "it must be true or false", "use compile=false")
     parallelism = structured(ParallelismConfig, resolved["parallelism"], "parallelism")
     topology = make_topology(parallelism, checked_device(device))
+    check_compile(resolved["compile"], topology.sizes.tensor)
     train = structured(TrainConfig, resolved["train"], "train")
     model = model_config(OmegaConf.create(resolved["model"]))
     schedule = structured(ScheduleConfig, resolved["schedule"], "schedule")
@@ -159,9 +156,6 @@ def settings(config: DictConfig) -> Settings:
     if made.guard.enabled and made.guard.snapshot == "disk" and not made.checkpoint.every:
         rule = "checkpoint.every=0 writes no checkpoint that a spike could go back to"
         raise ConfigError("guard.snapshot", "disk", rule, "set checkpoint.every, or use guard.snapshot=memory")
-    if made.compile and made.topology.sizes.tensor > 1:
-        rule = "what is compiled holds no collectives"
-        raise ConfigError("compile", True, rule, "use compile=false with parallelism.tensor")
     if made.compile and made.topology.device.type == "cpu" and cpp_compiler() is None:
         rule = "torch.compile needs a C++ compiler, and neither $CXX nor g++ nor clang++ is found"
         raise ConfigError("compile", True, rule, "install g++, set CXX, or use compile=false")

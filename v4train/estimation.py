@@ -22,10 +22,9 @@ from v4train.parallel.sizes import (
     check_values,
     default_micro_batch,
 )
+from v4train.rules import DEVICES, PRECISIONS, check_compile
 from v4train.structured import structured
 from v4train.train.phases import read_phases
-
-PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass
@@ -66,11 +65,12 @@ def read_layout(config: DictConfig, model: ModelConfig, ranks: int | None = None
     batch = read_batch(config)
     parallelism = structured(ParallelismConfig, config.parallelism, "parallelism")
     optimizer = structured(OptimizerConfig, config.optimizer, "optimizer")
-    precision = _word(config, "precision", PRECISIONS)
+    precision, device = _word(config, "precision", PRECISIONS), _word(config, "device", DEVICES)
     optimizer.resolve_dtype(precision)
     check_values(parallelism)
     sizes = check_layout(parallelism, ranks or fewest_ranks(parallelism))
     check_layout_of(model, sizes, sizes.context)
+    check_compile(config.compile, sizes.tensor)
     return Work(
         sequence_length=sizes.context,
         stage_length=batch.sequence_length,
@@ -80,7 +80,7 @@ def read_layout(config: DictConfig, model: ModelConfig, ranks: int | None = None
         newton_schulz_steps=sum(optimizer.newton_schulz_steps),
         newton_schulz_dtype=optimizer.newton_schulz_dtype,
         precision=precision,
-        device="cpu" if config.device == "cpu" else "cuda",
+        device="cpu" if device == "cpu" else "cuda",
         **_bucket(config),
         **{axis: getattr(sizes, axis) for axis in (*AXES, "expert")},
     )

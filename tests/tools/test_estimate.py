@@ -144,6 +144,8 @@ def test_the_plot(tool, capsys, tmp_path):
         (["parallelism.tensor=3"], "parallelism.tensor=3: .* must be a multiple of it"),
         (["train.attention_mode=foo"], "train.attention_mode=foo: unknown mode; use one of dense"),
         (["model=dense_small", "train.attention_mode=indexer_warmup"], "train.attention_mode=.*: no layer of gqa"),
+        (["device=tpu"], "device=tpu: unknown word; use one of auto, cpu, cuda"),
+        (["compile=true", "parallelism.tensor=2"], "compile=True: what is compiled holds no collectives"),
         (["train.recompute=all"], "train.recompute=all: unknown level"),
         (["train.global_batch_size=0"], "train.global_batch_size=0: it must be at least 1"),
         (["estimate.rates.fp8=-1"], "estimate.rates.fp8=-1.0: it must be above 0"),

@@ -72,6 +72,9 @@ def test_no_layout_that_training_refuses(tool, capsys):
     found = plans(tool, capsys, "model=flash_small", "gpus=4", "hardware=cpu", *SMALL)
     assert {plan["layout"]["zero_stage"] for plan in found if plan["layout"]["pipeline"] > 1} == {0, 1}
     assert {plan["layout"]["zero_stage"] for plan in found if plan["layout"]["pipeline"] == 1} == {0, 1, 2, 3}
+    assert {plan["layout"]["tensor"] for plan in found} == {1, 2}
+    compiled = plans(tool, capsys, "model=flash_small", "gpus=4", "hardware=cpu", "compile=true", *SMALL)
+    assert {plan["layout"]["tensor"] for plan in compiled} == {1}
 
 
 def test_phases_say_what_steps_are(tool, capsys):
@@ -135,6 +138,8 @@ def test_plans_of_small_models_take_what_is_fixed(tool, capsys):
         (["parallelism.zero_stage=9"], "parallelism.zero_stage=9: ZeRO has stages 0 to 3"),
         (["parallelism.pipeline=2", "parallelism.zero_stage=2"], "parallelism.zero_stage=2: DeepSpeed's pipeline"),
         (["train.attention_mode=foo"], "train.attention_mode=foo: unknown mode; use one of dense"),
+        (["device=tpu"], "device=tpu: unknown word; use one of auto, cpu, cuda"),
+        (["compile=true", "parallelism.tensor=2"], "compile=True: what is compiled holds no collectives"),
         (["devices.h100.bandwidth=0"], "devices.h100.bandwidth=0.0: it must be above 0"),
         (["devices.h100.flops_bf16=-1"], "devices.h100.flops_bf16=-1.0: it must be above 0"),
         (["hardware=abacus"], "hardware=abacus: there is no such device; use one of h100"),
