@@ -140,7 +140,8 @@ def fewest_ranks(parallelism: ParallelismConfig) -> int:
 
 def read_batch(config: DictConfig) -> Batch:
     """Raises ConfigError for a value of the wrong type, or one that no run takes."""
-    batch = structured(Batch, {field.name: config.train[field.name] for field in fields(Batch)}, "train")
+    names = [field.name for field in fields(Batch)]
+    batch = structured(Batch, {name: config.train[name] for name in names if name in config.train}, "train")
     for key in ("global_batch_size", "micro_batch_size", "sequence_length"):
         value = getattr(batch, key)
         if value is not None and value < 1:

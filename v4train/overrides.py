@@ -54,6 +54,19 @@ def composed(program: str, overrides: list[str]) -> DictConfig:
     return config
 
 
+def chosen_option(group: str, overrides: list[str]) -> str:
+    """Of conf/<group>/, by the command line, an experiment or conf/pretrain.yaml. Overrides that `composed` takes."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return str(compose("pretrain", overrides, return_hydra_config=True).hydra.runtime.choices[group])
+
+
+def is_said(key: str, config: DictConfig, overrides: list[str]) -> bool:
+    """Whether the command line or an experiment says the value of `key`, and not conf/pretrain.yaml."""
+    shipped = OmegaConf.load(config_dir() / "pretrain.yaml")
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    return key in given or OmegaConf.select(config, key) != OmegaConf.select(shipped, key)
+
+
 def check_options(arguments: Iterable[str]) -> None:
     """Raise ConfigError for a number or null as the option of a group: Hydra 1.3's own error is one of Python's."""
     for argument in arguments:
