@@ -11,6 +11,7 @@ is allocated, PyTorch not even imported. The assumptions stand below what is pri
 
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,6 +72,10 @@ class EstimateConfig:
             raise ConfigError("estimate.ranks", self.ranks, "it must be at least 1", "or null for as few as needed")
         if not (self.compare is None or isinstance(self.compare, list) and self.compare):
             raise ConfigError("estimate.compare", self.compare, "a list of models is expected", "e.g. [v32,flash,pro]")
+        names = [str(name) for name in self.compare or []]
+        if len(set(names)) < len(names) or any("/" in name for name in names):
+            rule = "each is an option of the group model, and stands there once"
+            raise ConfigError("estimate.compare", self.compare, rule, "e.g. [v32,flash,pro]")
         check_precisions(self.precisions, "estimate.precisions")
         for name, rate in asdict(self.rates).items():
             if not 0 < rate < math.inf:
@@ -88,6 +93,8 @@ def main(arguments: list[str]) -> None:
     own = [word for word in arguments if word.lstrip("+~").startswith("estimate.")]
     overrides = [word for word in arguments if word not in own]
     options = structured(EstimateConfig, composed("estimate", own).estimate, "estimate")
+    if options.plot is not None:
+        check_plot(Path(options.plot))
     if options.compare is None:
         config = composed("pretrain", overrides)
         complete(config, overrides)
@@ -102,7 +109,7 @@ def main(arguments: list[str]) -> None:
             key, _, value = word.partition("=")
             if key == "model":
                 raise ConfigError("model", value, "estimate.compare names the models", "leave it out")
-            if not key.lstrip("+~").startswith("model."):
+            if not key.lstrip("+~").startswith(("model.", "model/")):
                 rule = "estimate.compare looks at models, not at a run or its layout"
                 raise ConfigError(key, value, rule, "leave it out, or estimate.compare")
         models = {
@@ -311,6 +318,18 @@ def curve(model: ModelConfig, options: EstimateConfig) -> list[dict[str, float]]
     return points
 
 
+def check_plot(path: Path) -> None:
+    """Make its folder. Raises ConfigError where it can't be written: now, not after all the figures."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "estimate.plot", path, f"it can't be written ({error.strerror})", "name another file"
+        ) from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError("estimate.plot", path, "it can't be written", "name another file")
+
+
 def plot(models: dict[str, ModelConfig], options: EstimateConfig, path: Path) -> None:
     """FLOPs and cache against the context, each model a line."""
     import matplotlib
@@ -330,7 +349,6 @@ def plot(models: dict[str, ModelConfig], options: EstimateConfig, path: Path) ->
         ax.grid(alpha=0.3)
         ax.legend()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError("estimate.plot", path, f"it can't be written ({error})", "name a .png file") from error

@@ -123,6 +123,15 @@ def test_json_has_the_curve_and_every_precision(tool, capsys):
     assert counts["total_with_mtp"] - counts["total"] == counts["by_part"]["mtp"]
 
 
+def test_parts_of_compared_models_can_be_chosen(tool, capsys):
+    given = ["estimate.compare=[v32_small,flash_small]", "estimate.format=json"]
+    plain = [*given, "model/residual=plain"]
+    counts = [
+        json.loads(printed(tool, capsys, *words))["models"]["flash_small"]["parameters"] for words in (given, plain)
+    ]
+    assert "residual" in counts[0]["by_part"] and "residual" not in counts[1]["by_part"]
+
+
 def test_the_plot(tool, capsys, tmp_path):
     printed(tool, capsys, "estimate.compare=[v32_small,flash_small]", f"estimate.plot={tmp_path / 'curves.png'}")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -137,6 +146,12 @@ def test_the_plot(tool, capsys, tmp_path):
         (["estimate.precisions.ffn=int3"], "estimate.precisions.ffn=int3: unknown precision"),
         (["estimate.compare=pro"], "estimate.compare=pro: a list of models"),
         (["estimate.compare=[pro,nothing]"], "model=nothing: there is no such option"),
+        (
+            ["estimate.compare=[pro,pro]"],
+            "estimate.compare=.*: each is an option of the group model, and stands there once",
+        ),
+        (["estimate.compare=[attention/v3]"], "estimate.compare=.*: each is an option of the group model"),
+        (["estimate.plot=/proc/no/curves.png"], "estimate.plot=/proc/no/curves.png: it can't be written"),
         (["estimate.compare=[v32,3]"], "model=3: there is no such option"),
         (["parallelism=null"], "parallelism=null: there is no such option"),
         (["~parallelism"], "parallelism=missing: it can't be taken away; choose one of auto"),
