@@ -1,11 +1,12 @@
 """Layouts for a model on so many GPUs: those that fit, best first, from formulas alone; the best as a configuration.
 
     python tools/plan.py model=flash gpus=256 gpu_memory=80 write=conf/parallelism/mine.yaml
-    python tools/plan.py model=pro gpus=512 hardware=h800 train.global_batch_size=6144 train.recompute=block
+    python tools/plan.py model=pro gpus=1024 hardware=h800 train.global_batch_size=6144 train.recompute=block
 
-Then `parallelism=mine` with the keys that the file's head names. Keys of conf/plan.yaml describe the machine; all else
-are overrides of conf/, as in launch/pretrain.py. Precision, length and batch are those of a large run (`assumed` in
-conf/plan.yaml) unless they are given; a schedule with phases says the last two itself. What else is given of
+Then `parallelism=mine` with the keys that the file's head names. The file lies in a folder `parallelism`, and replaces
+none but an earlier one of this program. Keys of conf/plan.yaml describe the machine; all else are overrides of conf/,
+as in launch/pretrain.py. Precision, length and batch are those of a large run (`assumed` in conf/plan.yaml) unless the
+command line or an experiment gives them; a schedule with phases says the last two itself. What else these give of
 `parallelism`, `train.micro_batch_size` and `train.recompute` holds for every layout that is tried. Step times serve to
 compare layouts: they rest on the few numbers of conf/plan.yaml. What memory is made of: `tools/estimate.py` with the
 layout.

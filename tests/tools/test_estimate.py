@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import sys
 import pytest
 
 from v4train.analysis.flops import training_flops_per_token
+from v4train.analysis.memory import GIB, peak_memory
 from v4train.errors import ConfigError
+from v4train.estimation import read_works
 from v4train.model.config import model_config
-from v4train.overrides import composed
+from v4train.overrides import complete, composed, config_dir
 
 COMPARE = ["estimate.compare=[v32,flash,pro]", "estimate.context=1048576"]
 SPEC = importlib.util.find_spec("tools.estimate")
@@ -102,6 +105,20 @@ def test_stages_are_those_that_a_run_cuts_once(tool, capsys):
         "layout"
     ]
     assert layout["sequence_length"] > layout["stage_length"] == 128
+
+
+@pytest.mark.parametrize("name", ["v4_flash", "v4_pro"])
+def test_the_memory_in_the_head_of_a_schedule(name):
+    """Of the command there, in the last phase and in the first."""
+    text = (config_dir() / "schedule" / f"{name}.yaml").read_text().replace("\\\n#", "").replace("\n# ", " ")
+    ranks, words = re.search(r"ntasks=(\d+) .* launch/pretrain.py (.*)", text).groups()
+    overrides = words.split()
+    config = composed("pretrain", overrides)
+    complete(config, overrides)
+    model = model_config(config.model)
+    works = read_works(config, model, int(ranks))
+    found = [round(peak_memory(model, work).total / GIB) for work in (works[-1], works[0])]
+    assert found == [int(size) for size in re.search(r"(\d+) GiB a rank .*and (\d+) at 4K", text).groups()]
 
 
 def test_the_phase_that_needs_most(tool, capsys):

@@ -125,6 +125,14 @@ def test_the_command_it_writes_is_quoted_for_a_shell(tool, tmp_path):
     assert composed("pretrain", given).model.name == "two words $HOME"
 
 
+def test_the_commands_that_its_help_shows(tool, capsys):
+    commands = [line.split("tools/plan.py ")[1].split() for line in tool.__doc__.splitlines() if "python tools" in line]
+    assert len(commands) == 2
+    for words in commands:
+        tool.main([word for word in words if not word.startswith("write=")])
+        assert "layouts fit" in capsys.readouterr().out
+
+
 def test_what_an_experiment_says_is_not_assumed(tool, capsys):
     """Its layout holds, its rows are planned: 16 x 160 tokens, one data rank without ZeRO."""
     found = plans(tool, capsys, "experiment=recall", "gpus=2", "hardware=cpu", "train.recompute=none")
