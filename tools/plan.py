@@ -15,8 +15,6 @@ layout.
 import itertools
 import json
 import math
-import re
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from v4train import durable
 from v4train.analysis.memory import GIB, Memory, least_memory, stage_memory
 from v4train.analysis.parameters import Share, stage_shares
 from v4train.analysis.step_time import Device, StepTime, Use, bubble_fraction, step_time
@@ -37,15 +34,14 @@ from v4train.estimation import of_step, read_batch, read_layout, read_steps
 from v4train.model.config import ModelConfig, model_config
 from v4train.model.rules import RECOMPUTE_LEVELS
 from v4train.overrides import chosen_option, complete, composed, config_dir, is_said
+from v4train.parallel import option_file
 from v4train.parallel.rules import check_layout_of
 from v4train.parallel.sizes import AXES, ParallelismConfig, Sizes, check_values
 from v4train.rules import check_compile
 from v4train.structured import structured, wants_help
 
 FORMATS = ("table", "json")
-NO_NAMES = ("null", "true", "false", "nan", "inf")  # Hydra reads something else into them
 ROWS = (1, 2, 4, 8)  # of a micro-batch that are tried
-MARK = "by tools/plan.py"  # in the head of the files that it writes
 WIDTH = 140  # of a table that no terminal shows
 ALIKE = 1.02  # times within this ratio are taken to be equal: the layout with more memory left is the better one
 
@@ -132,13 +128,14 @@ def main(arguments: list[str]) -> None:
     overrides = [word for word in arguments if word not in own]
     options = structured(PlanConfig, composed("plan", own), "")
     if options.write is not None:
-        check_file(Path(options.write))
+        option_file.check(Path(options.write))
     overrides = completed(overrides, options.assumed)
     config = composed("pretrain", overrides)
     complete(config, overrides)
     plans = Search(config, overrides, options).best_first()
     if options.write is not None:
-        write(plans[0], config, overrides, Path(options.write))
+        best, path = plans[0], Path(options.write)
+        option_file.write(path, str(config.model.name), best.work, best.memory, overrides, best.rows)
     if options.format == "json":
         print(json.dumps([as_json(plan) for plan in plans[: options.show]], indent=1))
     else:
@@ -279,7 +276,8 @@ def fixed_sizes(config: DictConfig, overrides: list[str]) -> dict[str, int | Non
     ranks."""
     options = config_dir() / "parallelism"
     auto, option = OmegaConf.load(options / "auto.yaml"), options / f"{chosen_option('parallelism', overrides)}.yaml"
-    given = {word.lstrip("+").partition("=")[0].removeprefix("parallelism.") for word in overrides}
+    words = [word.lstrip("+").partition("=")[0] for word in overrides]
+    given = {word.removeprefix("parallelism.") for word in words if word.startswith("parallelism.")}
     given |= {key for key, value in config.parallelism.items() if value != auto.get(key)}
     if option.stem != "auto" and option.exists():  # auto has every key, and decides none
         given |= set(OmegaConf.load(option))
@@ -361,64 +359,6 @@ def table(plans: list[Plan], model: str, options: PlanConfig) -> str:
     with console.capture() as capture:
         console.print(shown)
     return capture.get().rstrip("\n")
-
-
-def check_file(path: Path) -> None:
-    """Raise ConfigError for a file that parallelism=<its name> wouldn't find, or that this program has not written."""
-    known = config_dir() / "parallelism" / path.name
-    spoken = re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", path.stem) and path.stem.lower() not in NO_NAMES
-    if path.suffix != ".yaml" or not spoken:
-        rule = "it must be <name>.yaml, the name of letters, digits, _ and -"
-        raise ConfigError("write", path, rule, "for example conf/parallelism/mine.yaml")
-    if path.resolve().parent.name != "parallelism":
-        rule = "an option lies in a folder that is called after its group"
-        raise ConfigError("write", path, rule, f"for example {path.parent / 'parallelism' / path.name}")
-    for file in (known, path):
-        if file.exists() and not (file.resolve() == path.resolve() and MARK in head(file)):
-            rule = f"parallelism={path.stem} exists, and isn't of this program"
-            raise ConfigError("write", path, rule, "choose another name")
-
-
-def is_shipped(path: Path) -> bool:
-    """Whether it lies where Hydra looks for options anyhow."""
-    return path.resolve().parent == (config_dir() / "parallelism").resolve()
-
-
-def head(file: Path) -> str:
-    return file.read_text(errors="replace").partition("\n")[0] if file.is_file() else ""
-
-
-def write(plan: Plan, config: DictConfig, overrides: list[str], path: Path) -> None:
-    """The layout as an option of the config group `parallelism`, and in its head what belongs to it."""
-    work, room = plan.work, f"{plan.memory.total / GIB:.1f} GiB a rank by its formulas"
-    own = ["parallelism", *(f"parallelism.{key}" for key in (*AXES, "expert", "zero_stage"))]
-    chosen = {"parallelism": path.stem, "train.recompute": work.recompute}
-    chosen |= {} if plan.rows is None else {"train.micro_batch_size": plan.rows}
-    given = [word for word in overrides if word.lstrip("+").partition("=")[0] not in {*own, *chosen}]
-    given += [f"{key}={value}" for key, value in chosen.items()]
-    if not is_shipped(path):
-        folder = re.sub(r'(["\\])', r"\\\1", str(path.resolve().parent.parent))
-        given.append(f'hydra.searchpath=["file://{folder}"]')
-    values = {
-        f"data: {work.data}": "data-parallel replicas",
-        f"expert: {work.expert}": "ranks that share one set of experts, among data x context",
-        f"tensor: {work.tensor}": "ranks that share one matrix",
-        f"pipeline: {work.pipeline}": "stages of layers",
-        f"context: {work.context}": "ranks that share one sequence",
-        f"zero_stage: {work.zero_stage}": "sharded: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters",
-    }
-    lines = [
-        f"# {config.model.name} on {work.world} ranks, {MARK}: {room}.",
-        f"#   srun --ntasks={work.world} --kill-on-bad-exit=1 python launch/pretrain.py {shlex.join(given)}",
-        *("defaults:", "  - auto", "  - _self_"),
-        *(f"{value:20}# {meaning}" for value, meaning in values.items()),
-    ]
-    text = "\n".join(lines) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.replace(path, text.encode())
-    except OSError as error:
-        raise ConfigError("write", path, f"it can't be written ({error.strerror})", "name a file that can") from error
 
 
 if __name__ == "__main__":
