@@ -8,7 +8,7 @@ import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from omegaconf import OmegaConf
@@ -17,7 +17,7 @@ from v4train.config import PRECISIONS, checked_device
 from v4train.data import Corpus, DataConfig, Tokenizer, TokenizerConfig, load_data
 from v4train.errors import ConfigError, refusing_bad_input
 from v4train.evaluation.config import EvaluationConfig
-from v4train.evaluation.measure import measure
+from v4train.evaluation.measure import measure, recall_task
 from v4train.evaluation.report import tables
 from v4train.evaluation.scores import scorer
 from v4train.overrides import config_dir
@@ -32,6 +32,8 @@ LISTS = ("recall_distances", "tasks")  # keys whose values are a,b,c or [a,b,c]
 @dataclass
 class EvaluateConfig(EvaluationConfig):
     """Values and their meaning: conf/evaluate.yaml."""
+
+    PREFIX: ClassVar[str] = ""
 
     run: str | None
     out: str | None
@@ -69,8 +71,9 @@ def main(arguments: list[str]) -> None:
     directory, path = find_checkpoint(config.run)
     manifest = read_manifest(path)
     trained = manifest["state"]["config"]
-    length = config.sequence_length or trained["train"]["sequence_length"]
+    length = config.sequence_length or trained_length(manifest["state"])
     tokenizer, corpus = read_data(config, directory, trained)
+    recall_task(config, corpus, tokenizer, length)  # it may refuse
     model = load_model(path).to(config.device)
     scores_of = scorer(model, config.device)
     with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -102,7 +105,8 @@ def read_arguments(arguments: list[str]) -> EvaluateConfig:
         values |= OmegaConf.to_container(OmegaConf.load(config_dir() / file))
     given: dict[str, Any] = key_values(arguments, values, "for example batch_size=4")
     for key in set(LISTS) & given.keys():
-        given[key] = [part.strip() for part in given[key].strip("[] ").split(",") if part.strip()]
+        if given[key] != "null":
+            given[key] = [part.strip() for part in given[key].strip("[] ").split(",") if part.strip()]
     nothing = {key: None for key, value in given.items() if value == "null"}
     return structured(EvaluateConfig, values | given | nothing, "")
 
@@ -111,8 +115,14 @@ def read_data(config: EvaluateConfig, directory: RunDirectory, trained: dict[str
     """The run's own tokenizer and held-out documents. Raises ConfigError (data.*) where they are gone."""
     data = structured(DataConfig, trained["data"], "data")
     own = trained["tokenizer"] | {"path": str(directory.tokenizer)}
-    tokens = config.tokens or trained["train"]["validation_tokens"]
+    tokens = config.held_out_tokens(trained["train"]["validation_tokens"])
     return load_data(data, structured(TokenizerConfig, own, "tokenizer"), tokens)
+
+
+def trained_length(state: dict[str, Any]) -> int:
+    """Tokens of a row in the last step before a checkpoint, from what its manifest says of the run."""
+    history = state.get("history")  # absent or empty: of an older version, or before the first step
+    return history[-1][1] if history else state["config"]["train"]["sequence_length"]
 
 
 def diverged(run: str) -> ConfigError:

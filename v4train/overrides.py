@@ -108,8 +108,11 @@ def complete(config: DictConfig, overrides: list[str]) -> None:
     Raises:
         ConfigError: phases that can't be read, or a key of `train` that they decide, given beside them.
     """
-    if config.schedule.phases is not None:
-        _leave_to_phases(config, overrides)
+    try:
+        if config.schedule.phases is not None:
+            _leave_to_phases(config, overrides)
+    except OmegaConfBaseException as error:  # a name in them that leads nowhere
+        raise explain(error) from error
     if config.run.name is None:
         config.run.name = default_run_name(str(config.model.name), overrides)
 
@@ -123,7 +126,8 @@ def _leave_to_phases(config: DictConfig, overrides: list[str]) -> None:
             rule = "the phases of this schedule set it"
             remedy = f"leave it out and change schedule.phases.<number>.{key}, or use schedule=cosine, without phases"
             raise ConfigError(f"train.{key}", config.train[key], rule, remedy)
-    last = read_phases(OmegaConf.to_container(config.schedule.phases, resolve=True))[-1]
+    phases = config.schedule.phases
+    last = read_phases(OmegaConf.to_container(phases, resolve=True) if OmegaConf.is_config(phases) else phases)[-1]
     config.train.sequence_length, config.train.attention_mode = last.sequence_length, last.attention_mode
     config.train.global_batch_size = last.batches[-1][0]
 
@@ -195,6 +199,8 @@ def explain(error: Exception, program: str = "pretrain") -> ConfigError:
         return ConfigError(key, "?", "unknown key", f"did you mean {near[0]}?" if near else "conf/ shows all keys")
     if isinstance(error, ConfigAttributeError | ConfigKeyError | MissingMandatoryValue) and error.full_key:
         return ConfigError(error.full_key, "missing", "it has no value", "set it; conf/ shows typical ones")
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return ConfigError(error.full_key, "?", str(error.msg or error).splitlines()[0], "conf/ shows all keys")
     return ConfigError("config", "?", text, "conf/ shows all keys")
 
 

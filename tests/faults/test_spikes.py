@@ -51,8 +51,9 @@ def before_steps(steps: range, fault: Callable, times: int) -> None:
 
 
 @contextlib.contextmanager
-def gradient_not_finite(trainer):
-    hook = trainer.model.embedding.lookup.weight.register_hook(lambda gradient: gradient * torch.nan)
+def gradient_not_finite(trainer, of="embedding.lookup.weight"):
+    weight = next(weight for name, weight in trainer.model.named_parameters() if of in name)
+    hook = weight.register_hook(lambda gradient: gradient * torch.nan)
     yield
     hook.remove()
 
@@ -318,6 +319,34 @@ def test_what_begins_with_the_last_step_of_a_phase_is_gone_back_from(tmp_path):
     log, fault = tmp_path / "log", partial(before_steps, range(5, 6), blown_up_head, 1)
     assert Life(arguments, log, fault).end() == 0, log.read_text()
     assert [event for event in events_of(tmp_path, "run") if event[0] == "went back"] == [("went back", 5, 3)]
+
+
+def test_a_checkpoint_gone_back_to_is_of_the_phase_before(tmp_path):
+    """At the end of the dense phase, which the run goes back to from the next one, no indexer has been trained."""
+    arguments = [*FAST, "guard.max_skipped=1", "guard.snapshot_every=1", "checkpoint.every=5", "checkpoint.keep=9"]
+    fault = partial(before_steps, range(6, 7), partial(gradient_not_finite, of="indexer"), 1)
+    log = tmp_path / "log"
+    life = Life(in_phases(tiny(tmp_path, "run", *arguments, "train.stop_at_step=6")), log, fault)
+    assert life.end() == 0, log.read_text()
+    assert events_of(tmp_path, "run")[-1] == ("went back", 6, 5)
+    state = checkpoint.read_manifest(tmp_path / "run" / "checkpoints" / "step_00000005")["state"]
+    assert (state["attention_mode"], state["guard"]["kind"]) == ("dense", [48, "dense"])
+    assert state["guard"]["rollbacks"] == 1  # written after going back
+
+
+def test_what_spikes_before_the_first_checkpoint_is_gone_back_from(tmp_path):
+    """To a checkpoint of the start; events of the run that this one began from aren't its own."""
+    options = ["guard.snapshot=disk", "guard.max_skipped=1", "checkpoint.every=100"]
+    for name, start in (("one", "auto"), ("two", tmp_path / "one")):
+        last = 4 if name == "one" else 8
+        arguments = tiny(tmp_path, name, *FAST, *options, f"checkpoint.resume={start}", f"train.max_steps={last}")
+        log, fault = tmp_path / f"{name}.log", partial(before_steps, range(last - 1, last), gradient_not_finite, 1)
+        assert Life(arguments, log, fault).end() == 0, log.read_text()
+        events = [event for event in events_of(tmp_path, name) if event[0] == "went back"]
+        assert events == [("went back", last - 1, last - 4)]
+        manifest = checkpoint.read_manifest(checkpoint.newest(tmp_path / name / "checkpoints"))
+        guard = manifest["state"]["guard"]
+        assert guard["events"] == len(events_of(tmp_path, name)) and guard["rollbacks"] == 1
 
 
 @pytest.mark.exhaustive

@@ -11,7 +11,8 @@ import pytest
 from launch import evaluate as program
 from tests.distributed.launch import ROOT
 from tests.launch.test_generate import start
-from tests.runs import losses, tiny
+from tests.phases import in_phases
+from tests.runs import corpus, losses, tiny
 from tests.untrained import untrained_run
 from v4train.errors import ConfigError
 from v4train.evaluation.report import tables
@@ -56,9 +57,16 @@ def test_the_run_of_its_folder_gets_the_file_and_a_longer_context_is_asked_for(r
 
 
 def test_figures_during_training_are_those_of_the_checkpoint_and_change_no_loss(tmp_path):
+    """In the first of several phases, whose rows are short, of streamed text: more of it than is validated on."""
+    corpus(tmp_path / "corpus")
+    data = tmp_path / "texts.jsonl"
+    texts = [path.read_text() for path in sorted((tmp_path / "corpus").iterdir())]
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 3))
     every = ["train.evaluate_every=1", *(f"evaluation.{key}={value}" for key, value in RECALL.items())]
     for name, more in (("with", every), ("without", [])):
-        overrides = tiny(tmp_path, name, "train.max_steps=2", "parallelism=zero1", *more)
+        own = [key for key in in_phases(tiny(tmp_path, name)) if not key.startswith(("data=", "data.path="))]
+        own += ["data=jsonl", f"data.path={data}", "train.validation_tokens=200"]
+        overrides = [*own, "train.max_steps=2", "parallelism=zero1", *more]
         result = start("pretrain.py", *overrides, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     assert losses(tmp_path, "with") == losses(tmp_path, "without")
@@ -67,7 +75,8 @@ def test_figures_during_training_are_those_of_the_checkpoint_and_change_no_loss(
     program.main(arguments(tmp_path / "with"))
     found = json.loads((tmp_path / "with" / "evaluation" / "step_00000002.json").read_text())
     last = records[-1]
-    assert last["eval/bits_per_byte/text"] == pytest.approx(found["text"]["all"]["bits_per_byte"], rel=1e-6)
+    assert found["sequence_length"] == 48 and found["text"]["all"]["tokens"] > 400
+    assert last["eval/bits_per_byte"] == pytest.approx(found["text"]["all"]["bits_per_byte"], rel=1e-6)
     for of in found["text"]["by_position"]:
         assert last[f"eval/bits_per_byte_at/{of['start']}"] == pytest.approx(of["bits_per_byte"], rel=1e-6)
     for of in found["recall"]:
@@ -94,6 +103,8 @@ def test_lm_eval_is_imported_for_tasks_only():
         (["runn=x"], r"runn=x: unknown key; did you mean run\?"),
         (["recall_pair=1"], r"recall_pair=1: unknown key; did you mean recall_pairs\?"),
         (["tokens=-1"], "tokens=-1: it can't be negative"),
+        (["recall_pairs=0"], "recall_pairs=0: at least 1"),
+        (["recall_distances=[-4]"], r"recall_distances=\[-4\]: each is at least 1"),
         (["recall_distances=[a]"], "recall_distances.*=.*Integer"),
         (["sequence_length=1"], "sequence_length=1: it must be at least 2"),
         (["task_path=/nope", "tasks=a"], "task_path=/nope: there is no such folder"),
@@ -109,6 +120,7 @@ def test_bad_arguments_are_refused_by_key(bad, message):
 def test_values_are_typed_and_defaults_come_from_both_files():
     config = program.read_arguments(["run=r", "recall_distances=64, 128", "tasks=[a,b]", "tokens=7", "out=null"])
     assert (config.recall_distances, config.tasks, config.tokens, config.out) == ([64, 128], ["a", "b"], 7, None)
+    assert program.read_arguments(["run=r", "recall_distances=null"]).recall_distances is None
     assert (config.recall_pairs, config.batch_size, config.few_shot) == (4, 4, None)
     with pytest.raises(ConfigError, match="^run=missing"):
         program.read_arguments([])

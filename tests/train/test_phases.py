@@ -204,6 +204,7 @@ BAD = [
     ({"global_batch_size": RAMP | {"tokens": 1001}}, "phases.0.global_batch_size.tokens=1001"),
     ({"global_batch_size": RAMP | {"step": 1}}, "phases.0.global_batch_size.step=1: unknown key"),
     ({"lenght": 3}, "phases.0.lenght=3: unknown key"),
+    ({"learning_rate": float("inf")}, "phases.0.learning_rate=inf: it must be a finite number"),
 ]
 
 

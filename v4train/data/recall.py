@@ -41,6 +41,8 @@ class RecallConfig:
         for name in ("pairs", "keys", "values"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{self.key}{name}", getattr(self, name), "at least 1", "for example 4")
+        if any(distance < 1 for distance in self.distances):
+            raise ConfigError(f"{self.key}distances", self.distances, "each is at least 1", "for example [32,64]")
         if self.pairs > self.keys:
             rule = f"a row's keys differ, and there are {self.key}keys={self.keys}"
             raise ConfigError(f"{self.key}pairs", self.pairs, rule, f"at most {self.keys}")

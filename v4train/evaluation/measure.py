@@ -14,12 +14,15 @@ from v4train.evaluation.text import text_figures, text_sums_by_source
 
 
 def recall_task(config: EvaluationConfig, corpus: Corpus, tokenizer: Tokenizer, length: int) -> RecallTask | None:
-    """The task, its text from the first source's held-out documents; None where no rows are asked for."""
+    """The task, its text from the first source's held-out documents; None where no rows are asked for.
+
+    Raises ConfigError: it doesn't fit the rows or the tokenizer.
+    """
     if not config.recall_rows:
         return None
     text = next(iter(corpus.sources.values())).validation
-    sizes = {"pairs": config.recall_pairs, "keys": config.recall_keys, "values": config.recall_values}
-    return RecallTask(text, tokenizer, length, config.seed, distances=config.recall_distances, **sizes)
+    distances, sizes = config.recall_distances, config.recall_sizes
+    return RecallTask(text, tokenizer, length, config.seed, distances=distances, **sizes)
 
 
 def measure(

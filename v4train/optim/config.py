@@ -1,5 +1,6 @@
 """What the optimizer's configuration says."""
 
+import math
 from dataclasses import dataclass
 
 from v4train.errors import ConfigError
@@ -48,10 +49,10 @@ class OptimizerConfig:
     def _check_ranges(self) -> None:
         """Written as `not ...`, so that NaN is refused too."""
         for key in ("eps", "weight_decay"):
-            if not getattr(self, key) >= 0:
-                raise ConfigError(f"optimizer.{key}", getattr(self, key), "it can't be negative", "use 0 for none")
-        if not self.update_rms > 0:
-            raise ConfigError("optimizer.update_rms", self.update_rms, "it must be above 0", "V4 has 0.18")
+            if not 0 <= (value := getattr(self, key)) < math.inf:
+                raise ConfigError(f"optimizer.{key}", value, "it must be finite and not negative", "use 0 for none")
+        if not 0 < self.update_rms < math.inf:
+            raise ConfigError("optimizer.update_rms", self.update_rms, "it must be finite and above 0", "V4 has 0.18")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             key, value = ("momentum", self.momentum) if not 0 <= self.momentum < 1 else ("betas", list(self.betas))
             raise ConfigError(f"optimizer.{key}", value, "each decay must lie in [0, 1), betas being two", "see conf/")

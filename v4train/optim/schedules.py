@@ -31,11 +31,12 @@ class ScheduleConfig:
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"schedule.{key}", value, "must be between 0 and 1", "give a share, not a percentage")
         if not 0 <= self.learning_rate < math.inf:
-            raise ConfigError("schedule.learning_rate", self.learning_rate, "it can't be negative", "try 1e-3")
+            rule = "it must be finite and not negative"
+            raise ConfigError("schedule.learning_rate", self.learning_rate, rule, "try 1e-3")
         for key in ("warmup_steps", "min_warmup_steps", "mtp_weight_in_decay"):
             value = getattr(self, key)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"schedule.{key}", value, "must not be negative", "use 0 for none")
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"schedule.{key}", value, "must be finite and not negative", "use 0 for none")
 
 
 def warmup(step: int, steps: int) -> float:

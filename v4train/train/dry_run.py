@@ -20,6 +20,7 @@ from v4train.estimation import read_layout
 from v4train.model import build_model
 from v4train.parallel.layout import Layout
 from v4train.train.distributed import all_max, all_sum
+from v4train.train.evaluation import check_evaluation
 from v4train.train.phases import Stage
 from v4train.train.progress import setup_logging, start_table
 
@@ -41,6 +42,7 @@ def dry_run(settings: Settings) -> dict[str, float]:
     here = sum(model.get_parameter(name).numel() for name in layout.names)
     figures = {"parameters_of_fullest_rank": all_max(float(here), topology.device), **planned(settings, stage, work)}
     tokenizer, corpus = load_data(settings.data, settings.tokenizer, train.validation_tokens)
+    check_evaluation(settings, corpus, tokenizer)
     first = settings.plan.at(0)
     sizes = (first.global_batch_size, settings.micro_batch(first), topology.index("data"), topology.sizes.data)
     loader = Loader(corpus, settings.data, tokenizer, first.sequence_length, BatchConfig(*sizes), settings.seed)

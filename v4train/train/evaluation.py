@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from v4train.config import Settings
-from v4train.data import Batch, Corpus, Tokenizer
+from v4train.data import Batch, Corpus, Tokenizer, load_data
 from v4train.data.packing import IGNORED_TARGET
 from v4train.evaluation.measure import flat, measure, recall_task
 from v4train.evaluation.scores import Scores
@@ -15,20 +15,26 @@ from v4train.train.distributed import all_sum_tensor
 from v4train.train.phases import Stage
 
 
-class Evaluation:
-    """Of one run, on every rank. `beat` is called for each batch.
+def check_evaluation(settings: Settings, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError for a recall task that doesn't fit the shortest rows, or the tokenizer."""
+    if settings.train.evaluate_every:
+        shortest = min(phase.sequence_length for phase in settings.plan.phases)
+        recall_task(settings.evaluation, corpus, tokenizer, shortest)
 
-    Raises:
-        ConfigError: the recall task fits neither the rows nor the tokenizer.
-    """
+
+class Evaluation:
+    """Of one run, on every rank. `beat` is called for each batch."""
 
     def __init__(
         self, settings: Settings, engine: Engine, corpus: Corpus, tokenizer: Tokenizer, beat: Callable[[], None]
     ) -> None:
         self.settings, self.config, self.topology = settings, settings.evaluation, settings.topology
-        self.engine, self.corpus, self.tokenizer, self.beat = engine, corpus, tokenizer, beat
-        if settings.train.evaluate_every:
-            recall_task(self.config, corpus, tokenizer, min(phase.sequence_length for phase in settings.plan.phases))
+        self.engine, self.tokenizer, self.beat = engine, tokenizer, beat
+        validated = settings.train.validation_tokens
+        wanted = self.config.held_out_tokens(validated)
+        if settings.train.evaluate_every and wanted != validated:
+            _, corpus = load_data(settings.data, settings.tokenizer, wanted)
+        self.corpus = corpus
 
     def figures(self, stage: Stage) -> dict[str, float | None]:
         """For a line of metrics, on rows as long as those of `stage`; every rank must call it, and then set the model

@@ -5,6 +5,7 @@ for an equal share of the ramp's tokens. `Plan.at` says what a step is; nothing 
 run continues in the middle of any phase. No layout and no micro-batch enters, so that all layouts train the same.
 """
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -287,8 +288,8 @@ def _read_phase(values: Any, key: str) -> PhaseConfig:
         if getattr(phase, name) is not None and getattr(phase, name) < 1:
             refuse(name, "it must be at least 1", "choose a positive number")
     for name in OPTIONAL[1:]:
-        if getattr(phase, name) is not None and not getattr(phase, name) >= 0:  # NaN too
-            refuse(name, "it can't be negative", "use 0 for none, or leave it out")
+        if getattr(phase, name) is not None and not 0 <= getattr(phase, name) < math.inf:
+            refuse(name, "it must be a finite number, not negative", "use 0 for none, or leave it out")
     if phase.attention_mode not in ATTENTION_MODES:
         refuse("attention_mode", "unknown mode", f"use one of {', '.join(ATTENTION_MODES)}")
     if isinstance(phase.global_batch_size, RampConfig):

@@ -28,6 +28,7 @@ from v4train.train.allocator import keep_freed_memory
 from v4train.train.deterministic import make_deterministic
 from v4train.train.distributed import gathered
 from v4train.train.dry_run import dry_run
+from v4train.train.evaluation import check_evaluation
 from v4train.train.heartbeat import Heartbeat
 from v4train.train.lost_ranks import give_up, is_lost_peer
 from v4train.train.metrics import write_summary
@@ -137,6 +138,7 @@ def make_trainer(
         if settings.precision == "bf16" and not has_fast_bf16():
             logger.warning("precision=bf16: this CPU has no bf16 instructions, so products are slower than with fp32")
     tokenizer, corpus = load_data(settings.data, settings.tokenizer, train.validation_tokens)
+    check_evaluation(settings, corpus, tokenizer)
     with torch.device("meta"):
         model = build_model(settings.model)
     layout = Layout(model, topology, train.sequence_length)
@@ -171,6 +173,8 @@ def make_trainer(
         reader.close()  # what it has mapped takes room on the disk, removed or not
     elif trainer.metrics is not None:
         trainer.metrics.truncate_after(0)  # what a run killed before its first checkpoint left
+    if not continues:
+        trainer.recovery.begin_run()
     trainer.recovery.cut_events()
     return trainer
 

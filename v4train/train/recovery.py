@@ -57,6 +57,13 @@ class Recovery:
             end = end if config.anticipate == "always" else min(end, guard.anticipate_until)
             self.anticipation.look_ahead(min(config.anticipation_steps + 1, end - step))
 
+    def begin(self) -> None:
+        """Before the first step here: where a spike goes back to checkpoints there is to be one from before it."""
+        trainer = self.trainer
+        if self.config.enabled and self._place == "disk" and trainer.settings.checkpoint.every:
+            if not gathered(trainer.topology.rank == 0 and any(checkpoint.whole(trainer.saving.folder)))[0]:
+                trainer.save()
+
     def enter(self, before: Stage, stage: Stage) -> None:
         """From here on steps may be of another kind."""
         if _kind(before) != _kind(stage):
@@ -115,7 +122,11 @@ class Recovery:
         rows = [guard.first_row, trainer.loader.progress.rows] if self.config.skip_data else []
         target = self._go_back(seen_at - spike.steps + 1)
         if target is None:
-            self._stop(f"step {seen_at}: {spike.why}; there is no {self._place} snapshot to go back to")
+            self._note({"step": seen_at, "event": "gave up", "seen_at": seen_at, "why": spike.why, "passed_over": []})
+            self._stop(
+                f"step {seen_at}: {spike.why}; there is no snapshot to go back to: set a smaller checkpoint.every, or "
+                "guard.snapshot=memory"
+            )
         # That rows are passed over was decided since, and is no part of the position that was gone back to
         for gap in sorted([*gaps, rows] if rows else gaps):
             self._pass_over(*gap)
@@ -221,7 +232,7 @@ class Recovery:
         return self.anticipation.local_state()
 
     def state_dict(self) -> dict[str, Any]:
-        of_guard = self.guard.state_dict() | {"kind": list(_kind(self.trainer.stage))}
+        of_guard = self.guard.state_dict() | {"kind": list(_kind(self.trainer.last_stage))}
         return of_guard | {"events": self._events, "anticipation": self.anticipation.state_dict()}
 
     def restore(self, reader: checkpoint.Reader) -> None:
@@ -238,6 +249,11 @@ class Recovery:
         self._events = state["events"]
         if self.guard.anticipates(self.trainer.step):
             self.anticipation.load(state["anticipation"], reader)
+
+    def begin_run(self) -> None:
+        """What another run has noted and gone back from is not this one's."""
+        self._events = 0
+        self.guard.gave_up()
 
     def cut_events(self) -> None:
         """Leave those events in the file that were before the point the run starts from."""

@@ -121,6 +121,11 @@ class Trainer:
         return self.step >= self.plan.total_steps or self.dry
 
     @property
+    def last_stage(self) -> Stage:
+        """Of the last step that the weights have seen: `stage` may be the next one's, after going back."""
+        return self.plan.at(max(0, self.step - 1))
+
+    @property
     def tokens(self) -> int:
         """Tokens trained on so far, over all ranks."""
         return self.loader.progress.tokens
@@ -137,6 +142,7 @@ class Trainer:
             self.hang_watch,
             self.saving,
         ):
+            self.recovery.begin()
             while self.step < self.last_step and not self.interrupted:
                 with self.profiler.step(self.step + 1):
                     record = self.train_step(stop)
@@ -307,7 +313,7 @@ class Trainer:
             "loader": self.feed.state(),
             "rng": torch.get_rng_state().numpy().tobytes().hex(),
             "validation": self.validation,
-            "attention_mode": self.model.attention_mode,
+            "attention_mode": self.last_stage.attention_mode,
             "history": self.plan.history(self.step),
             "guard": self.recovery.state_dict(),
             "wandb_id": self.tracker.run_id,
@@ -350,7 +356,7 @@ class Trainer:
         state = reader.manifest["state"]
         self.step = self.saving.last = reader.manifest["step"]
         self.loader.load_state_dict(state["loader"])
-        self.enter(self.plan.at(max(0, self.step - 1)))  # as after the step that was saved
+        self.enter(self.last_stage)  # as after the step that was saved
         self.recovery.restore(reader)
         self.validation = state["validation"]
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
