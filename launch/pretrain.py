@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from v4train.errors import ConfigError, SweepFailed, errors_from_hydra, wants_traceback
-from v4train.overrides import complete, config_dir, explain
+from v4train.overrides import check_options, check_whole, complete, config_dir, explain
 from v4train.train.signals import REQUEUE, SPIKED
 
 LISTENING = 5  # seconds that other ranks leave rank 0 to speak
@@ -35,6 +35,7 @@ def run(config: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # a launcher that calls this function, such as Hydra's basic
             rule, remedy = "a process can be a rank of one run only", "use hydra/launcher=local or slurm"
             raise ConfigError("hydra/launcher", HydraConfig.get().runtime.choices["hydra/launcher"], rule, remedy)
+        check_whole(config)
         complete(config, list(HydraConfig.get().overrides.task))
         from v4train.config import settings  # PyTorch: not for --help
 
@@ -61,6 +62,7 @@ def refuse(error: ConfigError) -> None:
 def started() -> int:
     """The exit code: 0, REQUEUE of a run that has saved and wants to be started again, 1 of a sweep with failures."""
     try:
+        check_options(sys.argv[1:])
         run()
     except (HydraException, OmegaConfBaseException) as error:
         refuse(explain(error))

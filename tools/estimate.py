@@ -11,6 +11,7 @@ is allocated, PyTorch not even imported. The assumptions stand below what is pri
 
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from v4train.analysis.decode import (
     decode_matrices,
     fp8_equivalents,
 )
-from v4train.analysis.flops import part_flops, training_flops_per_token
+from v4train.analysis.flops import MODE_PASSES, part_flops, training_flops_per_token
 from v4train.analysis.kv_cache import (
     cache_bytes,
     cache_bytes_per_token,
@@ -71,6 +72,10 @@ class EstimateConfig:
             raise ConfigError("estimate.ranks", self.ranks, "it must be at least 1", "or null for as few as needed")
         if not (self.compare is None or isinstance(self.compare, list) and self.compare):
             raise ConfigError("estimate.compare", self.compare, "a list of models is expected", "e.g. [v32,flash,pro]")
+        names = [str(name) for name in self.compare or []]
+        if len(set(names)) < len(names) or any("/" in name for name in names):
+            rule = "each is an option of the group model, and stands there once"
+            raise ConfigError("estimate.compare", self.compare, rule, "e.g. [v32,flash,pro]")
         check_precisions(self.precisions, "estimate.precisions")
         for name, rate in asdict(self.rates).items():
             if not 0 < rate < math.inf:
@@ -88,6 +93,8 @@ def main(arguments: list[str]) -> None:
     own = [word for word in arguments if word.lstrip("+~").startswith("estimate.")]
     overrides = [word for word in arguments if word not in own]
     options = structured(EstimateConfig, composed("estimate", own).estimate, "estimate")
+    if options.plot is not None:
+        check_plot(Path(options.plot))
     if options.compare is None:
         config = composed("pretrain", overrides)
         complete(config, overrides)
@@ -102,7 +109,7 @@ def main(arguments: list[str]) -> None:
             key, _, value = word.partition("=")
             if key == "model":
                 raise ConfigError("model", value, "estimate.compare names the models", "leave it out")
-            if not key.lstrip("+~").startswith("model."):
+            if not key.lstrip("+~").startswith(("model.", "model/")):
                 rule = "estimate.compare looks at models, not at a run or its layout"
                 raise ConfigError(key, value, rule, "leave it out, or estimate.compare")
         models = {
@@ -153,8 +160,8 @@ def training(model: ModelConfig, work: Work) -> dict[str, Any]:
     memory = peak_memory(model, work)
     return {
         "layout": asdict(work) | {"ranks": work.world, "tokens_per_step": work.step_tokens},
-        "training_flops_per_token": training_flops_per_token(model, work.sequence_length),
-        "training_flops_by_part": training_parts(model, work.sequence_length),
+        "training_flops_per_token": training_flops_per_token(model, work.sequence_length, work.mode),
+        "training_flops_by_part": training_parts(model, work.sequence_length, work.mode),
         "memory_gib": {name: size / GIB for name, size in memory.parts.items()} | {"total": memory.total / GIB},
         "memory_phase": memory.phase,
         "traffic_gib": {axis: sent / GIB for axis, sent in traffic_per_rank(model, work).items()},
@@ -162,11 +169,14 @@ def training(model: ModelConfig, work: Work) -> dict[str, Any]:
     }
 
 
-def training_parts(model: ModelConfig, sequence_length: int) -> dict[str, float]:
-    """Training FLOPs per token: of every kind of product, of attention over what is seen, and of MTP as a whole."""
-    parts = {kind: 6.0 * size for kind, size in decode_matrices(model).items()}
-    of_mtp = sum(part_flops(model, sequence_length)[model.num_layers + 2 :])
-    whole = training_flops_per_token(model, sequence_length)
+def training_parts(model: ModelConfig, sequence_length: int, mode: str) -> dict[str, float]:
+    """Training FLOPs per token: of every kind of product, of the indexers' matrices, of attention over what is seen and
+    indexers' scores, and of MTP as a whole."""
+    of_trunk, of_indexers = MODE_PASSES[mode]
+    sizes = decode_matrices(model, indexers_apart=True)
+    parts = {kind: 2.0 * (of_indexers if kind == "indexers" else of_trunk) * size for kind, size in sizes.items()}
+    of_mtp = sum(part_flops(model, sequence_length, mode)[model.num_layers + 2 :])
+    whole = training_flops_per_token(model, sequence_length, mode)
     parts["attention"] = whole - of_mtp - sum(parts.values())
     return parts | ({"mtp": of_mtp} if of_mtp else {})
 
@@ -240,7 +250,7 @@ def shown(name: str, result: dict[str, Any], options: EstimateConfig) -> str:
             "step",
             f"{layout['tokens_per_step']:,} tokens: {layout['accumulation']} micro-batches of {layout['rows']} x "
             f"{layout['sequence_length']:,} on each of {layout['data']} data ranks, {layout['optimizer']}, "
-            f"{layout['precision']}, recompute {layout['recompute']}",
+            f"{layout['precision']}, recompute {layout['recompute']}, attention {layout['mode']}",
         ),
         (f"GiB of the fullest rank, in {result['memory_phase']}", joined(memory, memory["total"], per=1)),
         ("GiB that a rank sends a step", joined(result["traffic_gib"], sum(result["traffic_gib"].values()), per=1)),
@@ -308,6 +318,18 @@ def curve(model: ModelConfig, options: EstimateConfig) -> list[dict[str, float]]
     return points
 
 
+def check_plot(path: Path) -> None:
+    """Make its folder. Raises ConfigError where it can't be written: now, not after all the figures."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "estimate.plot", path, f"it can't be written ({error.strerror})", "name another file"
+        ) from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError("estimate.plot", path, "it can't be written", "name another file")
+
+
 def plot(models: dict[str, ModelConfig], options: EstimateConfig, path: Path) -> None:
     """FLOPs and cache against the context, each model a line."""
     import matplotlib
@@ -327,7 +349,6 @@ def plot(models: dict[str, ModelConfig], options: EstimateConfig, path: Path) ->
         ax.grid(alpha=0.3)
         ax.legend()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError("estimate.plot", path, f"it can't be written ({error})", "name a .png file") from error

@@ -1,11 +1,12 @@
 """Layouts for a model on so many GPUs: those that fit, best first, from formulas alone; the best as a configuration.
 
     python tools/plan.py model=flash gpus=256 gpu_memory=80 write=conf/parallelism/mine.yaml
-    python tools/plan.py model=pro gpus=512 hardware=h800 train.global_batch_size=6144 train.recompute=block
+    python tools/plan.py model=pro gpus=1024 hardware=h800 train.global_batch_size=6144 train.recompute=block
 
-Then `parallelism=mine` with the keys that the file's head names. Keys of conf/plan.yaml describe the machine; all else
-are overrides of conf/, as in launch/pretrain.py. Precision, length and batch are those of a large run (`assumed` in
-conf/plan.yaml) unless they are given; a schedule with phases says the last two itself. What else is given of
+Then `parallelism=mine` with the keys that the file's head names. The file lies in a folder `parallelism`, and replaces
+none but an earlier one of this program. Keys of conf/plan.yaml describe the machine; all else are overrides of conf/,
+as in launch/pretrain.py. Precision, length and batch are those of a large run (`assumed` in conf/plan.yaml) unless the
+command line or an experiment gives them; a schedule with phases says the last two itself. What else these give of
 `parallelism`, `train.micro_batch_size` and `train.recompute` holds for every layout that is tried. Step times serve to
 compare layouts: they rest on the few numbers of conf/plan.yaml. What memory is made of: `tools/estimate.py` with the
 layout.
@@ -24,7 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from v4train import durable
 from v4train.analysis.memory import GIB, Memory, least_memory, stage_memory
 from v4train.analysis.parameters import Share, stage_shares
 from v4train.analysis.step_time import Device, StepTime, Use, bubble_fraction, step_time
@@ -33,15 +33,25 @@ from v4train.errors import ConfigError, refusing_bad_input
 from v4train.estimation import of_step, read_batch, read_layout, read_steps
 from v4train.model.config import ModelConfig, model_config
 from v4train.model.rules import RECOMPUTE_LEVELS
-from v4train.overrides import complete, composed, config_dir
+from v4train.overrides import chosen_option, complete, composed, config_dir, is_said
+from v4train.parallel import option_file
 from v4train.parallel.rules import check_layout_of
 from v4train.parallel.sizes import AXES, ParallelismConfig, Sizes, check_values
+from v4train.rules import check_compile
 from v4train.structured import structured, wants_help
 
 FORMATS = ("table", "json")
 ROWS = (1, 2, 4, 8)  # of a micro-batch that are tried
 WIDTH = 140  # of a table that no terminal shows
 ALIKE = 1.02  # times within this ratio are taken to be equal: the layout with more memory left is the better one
+
+
+@dataclass
+class Assumed:
+    """Values and their meaning: conf/plan.yaml."""
+
+    precision: str
+    train: dict[str, Any]
 
 
 @dataclass
@@ -60,7 +70,7 @@ class PlanConfig:
     headroom: float
     efficiency: float
     overlap: float
-    assumed: dict[str, Any]
+    assumed: Assumed
     devices: dict[str, Device]
 
     def __post_init__(self) -> None:
@@ -99,8 +109,12 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout that fits: what a rank needs at most, and how long a step takes."""
+    """A layout that fits: what a rank needs at most, and how long a step takes.
 
+    rows: of the micro-batches, where this program chose them; None where the run says so.
+    """
+
+    rows: int | None
     work: Work
     memory: Memory
     time: StepTime
@@ -113,25 +127,28 @@ def main(arguments: list[str]) -> None:
     own = [word for word in arguments if word.lstrip("+~").partition("=")[0].partition(".")[0] in known]
     overrides = [word for word in arguments if word not in own]
     options = structured(PlanConfig, composed("plan", own), "")
+    if options.write is not None:
+        option_file.check(Path(options.write))
     overrides = completed(overrides, options.assumed)
     config = composed("pretrain", overrides)
     complete(config, overrides)
     plans = Search(config, overrides, options).best_first()
-    if options.write:
-        write(plans[0], config, overrides, Path(options.write))
+    if options.write is not None:
+        best, path = plans[0], Path(options.write)
+        option_file.write(path, str(config.model.name), best.work, best.memory, overrides, best.rows)
     if options.format == "json":
         print(json.dumps([as_json(plan) for plan in plans[: options.show]], indent=1))
     else:
         print(table(plans, str(config.model.name), options))
 
 
-def completed(overrides: list[str], assumed: dict[str, Any]) -> list[str]:
-    """With what is assumed of a run and neither the command line nor phases say."""
-    given = {word.lstrip("+").partition("=")[0] for word in overrides}
-    phases = composed("pretrain", overrides).schedule.phases is not None
-    values = {"precision": assumed["precision"]}
-    values |= {} if phases else {f"train.{key}": value for key, value in assumed["train"].items()}
-    return [*overrides, *(f"{key}={value}" for key, value in values.items() if key not in given)]
+def completed(overrides: list[str], assumed: Assumed) -> list[str]:
+    """With what is assumed of a run and neither the command line, an experiment nor phases say."""
+    config = composed("pretrain", overrides)
+    values = {"precision": assumed.precision}
+    if config.schedule.phases is None:
+        values |= {f"train.{key}": value for key, value in assumed.train.items()}
+    return [*overrides, *(f"{key}={value}" for key, value in values.items() if not is_said(key, config, overrides))]
 
 
 class Search:
@@ -139,32 +156,41 @@ class Search:
 
     def __init__(self, config: DictConfig, overrides: list[str], options: PlanConfig) -> None:
         """Raises ConfigError for what no layout could have."""
-        self.options, self.batch, self.steps = options, read_batch(config), read_steps(config)
-        self.model: ModelConfig = model_config(config.model)
-        keys = {word.lstrip("+").partition("=")[0] for word in overrides}
+        self.options, self.batch, self.model = options, read_batch(config), model_config(config.model)
+        self.steps = read_steps(config, self.model)
         self.fixed = fixed_sizes(config, overrides)
         check_fixed(self.fixed, self.model, options.gpus)
-        self.recompute = [self.batch.recompute] if "train.recompute" in keys else list(RECOMPUTE_LEVELS)
+        check_compile(config.compile, self.fixed.get("tensor", 1))
+        self.max_tensor = 1 if config.compile else options.max_tensor
+        self.recompute = list(RECOMPUTE_LEVELS)
+        if is_said("train.recompute", config, overrides):
+            self.recompute = [self.batch.recompute]
         self.words = self._words(config)
         self._shares: dict[tuple[int, ...], list[Share]] = {}
+        self._bounds: dict[Work, float] = {}
 
     def best_first(self) -> list[Plan]:
         """Raises ConfigError where no layout fits."""
-        plans, least = [], None
+        plans, too_large = [], []
         use = Use(self.options.efficiency, self.options.overlap)
-        for works in self._works():
-            memory = max((self._memory(work) for work in works), key=lambda of: of.total)
-            if memory.total > self.options.room:
-                least = min(least or memory.total, memory.total)
+        for rows, works in self._works():
+            bound = max(self._bound(work) for work in works)
+            if bound > self.options.room:  # activations can't help
+                too_large.append((bound, works))
                 continue
-            work = works[-1]
-            plans.append(Plan(work, memory, step_time(self.model, work, self.options.device, use, self._of(work))))
+            memory = self._memory(works)
+            if memory.total > self.options.room:
+                too_large.append((memory.total, works))
+                continue
+            time = step_time(self.model, works[-1], self.options.device, use, self._of(works[-1]))
+            plans.append(Plan(rows, works[-1], memory, time))
         if not plans:
-            self._refuse(least)
+            self._refuse(too_large)
         return ordered(plans)
 
-    def _works(self) -> Iterator[list[Work]]:
-        """What each layout does, one of each phase's kinds of steps after another."""
+    def _works(self) -> Iterator[tuple[int | None, list[Work]]]:
+        """Rows of a micro-batch that are tried, and what each layout does, one of each phase's kinds of steps after
+        another."""
         for sizes in self._sizes():
             axes = {axis: getattr(sizes, axis) for axis in (*AXES, "expert")}
             stages = [self.fixed["zero_stage"]] if "zero_stage" in self.fixed else range(2 if sizes.pipeline > 1 else 4)
@@ -177,11 +203,11 @@ class Search:
                         works = [of_step(layout, self.model, step) for step in steps]
                     except ConfigError:
                         continue
-                    yield list(dict.fromkeys(works))
+                    yield rows, list(dict.fromkeys(works))
 
     def _sizes(self) -> Iterator[Sizes]:
         limits, gpus = self.options, self.options.gpus
-        axes = {"pipeline": limits.max_pipeline, "tensor": limits.max_tensor, "context": limits.max_context}
+        axes = {"pipeline": limits.max_pipeline, "tensor": self.max_tensor, "context": limits.max_context}
         choices = [
             [self.fixed[axis]] if axis in self.fixed else [n for n in divisors(gpus) if n <= limit]
             for axis, limit in axes.items()
@@ -199,17 +225,23 @@ class Search:
                     yield Sizes(pipeline, data, context, tensor, expert)
 
     def _of(self, work: Work) -> list[Share]:
-        key = (work.sequence_length, work.pipeline, work.tensor, work.expert)
+        key = (work.pipeline, work.tensor, work.expert)
         if key not in self._shares:
             self._shares[key] = stage_shares(self.model, work)
         return self._shares[key]
 
-    def _memory(self, work: Work) -> Memory:
-        shares = self._of(work)
-        least = max((least_memory(share, work) for share in shares), key=lambda memory: memory.total)
-        if least.total > self.options.room:  # activations can't help
-            return least
-        return max(stage_memory(self.model, work, shares), key=lambda memory: memory.total)
+    def _bound(self, work: Work) -> float:
+        """Bytes that the fullest rank can't get below, whatever its micro-batches and recomputation."""
+        several = min(work.accumulation, 2)  # or one: all that counts here
+        key = replace(work, sequence_length=work.context, rows=1, accumulation=several, recompute="none", mode="sparse")
+        if key not in self._bounds:
+            self._bounds[key] = max(least_memory(share, key).total for share in self._of(work))
+        return self._bounds[key]
+
+    def _memory(self, works: list[Work]) -> Memory:
+        """Of the fullest rank, in the phase that needs most."""
+        found = (memory for work in works for memory in stage_memory(self.model, work, self._of(work)))
+        return max(found, key=lambda memory: memory.total)
 
     def _words(self, config: DictConfig) -> Work:
         """What every layout shares: optimizer, precision, DeepSpeed's keys; checked as a run's would be, on a rank."""
@@ -218,9 +250,14 @@ class Search:
         device = "cpu" if self.options.hardware == "cpu" else "cuda"
         return replace(read_layout(alone, self.model, 1), device=device)
 
-    def _refuse(self, least: float | None) -> None:
-        options = self.options
-        if least is not None:
+    def _refuse(self, too_large: list[tuple[float, list[Work]]]) -> None:
+        """too_large: what each layout needs at least, and does."""
+        options, least = self.options, math.inf
+        for bound, works in sorted(too_large, key=lambda of: of[0]):
+            if bound >= least:  # so do the others
+                break
+            least = min(least, self._memory(works).total)
+        if too_large:
             rule = f"the smallest layout tried needs {least / GIB:.1f} GiB a GPU, {options.headroom:.0%} kept free"
             remedy = "give more gpus, a shorter train.sequence_length, or raise max_pipeline, max_tensor, max_context"
             raise ConfigError("gpu_memory", options.memory, rule, remedy)
@@ -235,11 +272,15 @@ class Search:
 
 
 def fixed_sizes(config: DictConfig, overrides: list[str]) -> dict[str, int | None]:
-    """Of `parallelism` what the command line says, by single keys or by an option; None of expert: all ranks."""
-    words = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
-    given = {key.partition(".")[2] for key in words if key.startswith("parallelism.")}
-    if "parallelism" in words and words["parallelism"] != "auto":  # which has every key, and decides none
-        given |= set(OmegaConf.load(config_dir() / "parallelism" / f"{words['parallelism']}.yaml"))
+    """Of `parallelism` what the command line or an experiment says, by single keys or by an option; None of expert: all
+    ranks."""
+    options = config_dir() / "parallelism"
+    auto, option = OmegaConf.load(options / "auto.yaml"), options / f"{chosen_option('parallelism', overrides)}.yaml"
+    words = [word.lstrip("+").partition("=")[0] for word in overrides]
+    given = {word.removeprefix("parallelism.") for word in words if word.startswith("parallelism.")}
+    given |= {key for key, value in config.parallelism.items() if value != auto.get(key)}
+    if option.stem != "auto" and option.exists():  # auto has every key, and decides none
+        given |= set(OmegaConf.load(option))
     parallelism = structured(ParallelismConfig, config.parallelism, "parallelism")
     check_values(parallelism)
     known = {key: getattr(parallelism, key) for key in (*AXES, "expert", "zero_stage") if key in given}
@@ -318,33 +359,6 @@ def table(plans: list[Plan], model: str, options: PlanConfig) -> str:
     with console.capture() as capture:
         console.print(shown)
     return capture.get().rstrip("\n")
-
-
-def write(plan: Plan, config: DictConfig, overrides: list[str], path: Path) -> None:
-    """The layout as an option of the config group `parallelism`, and in its head what belongs to it."""
-    work, room = plan.work, f"{plan.memory.total / GIB:.1f} GiB a rank by its formulas"
-    given = [word for word in overrides if not word.startswith(("parallelism", "train.micro", "train.recompute"))]
-    given += [f"parallelism={path.stem}", f"train.micro_batch_size={work.rows}", f"train.recompute={work.recompute}"]
-    values = {
-        f"data: {work.data}": "data-parallel replicas",
-        f"expert: {work.expert}": "ranks that share one set of experts, among data x context",
-        f"tensor: {work.tensor}": "ranks that share one matrix",
-        f"pipeline: {work.pipeline}": "stages of layers",
-        f"context: {work.context}": "ranks that share one sequence",
-        f"zero_stage: {work.zero_stage}": "sharded: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters",
-    }
-    lines = [
-        f"# {config.model.name} on {work.world} ranks, by tools/plan.py: {room}.",
-        f"#   srun --ntasks={work.world} --kill-on-bad-exit=1 python launch/pretrain.py {' '.join(given)}",
-        *("defaults:", "  - auto", "  - _self_"),
-        *(f"{value:20}# {meaning}" for value, meaning in values.items()),
-    ]
-    text = "\n".join(lines) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.replace(path, text.encode())
-    except OSError as error:
-        raise ConfigError("write", path, f"it can't be written ({error.strerror})", "name a file that can") from error
 
 
 if __name__ == "__main__":

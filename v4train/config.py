@@ -16,21 +16,19 @@ from v4train.errors import ConfigError
 from v4train.evaluation.config import EvaluationConfig
 from v4train.model import ModelConfig, model_config
 from v4train.model.compiled import cpp_compiler
-from v4train.model.rules import ATTENTION_MODES, RECOMPUTE_LEVELS
+from v4train.model.rules import RECOMPUTE_LEVELS, check_attention_mode
 from v4train.optim.config import OptimizerConfig
 from v4train.optim.schedules import ScheduleConfig
 from v4train.overrides import complete, composed
 from v4train.parallel.rules import check_layout_of
 from v4train.parallel.sizes import ParallelismConfig, check_batch, default_micro_batch
 from v4train.parallel.topology import Topology, make_topology
+from v4train.rules import DEVICES, PRECISIONS, check_compile
 from v4train.structured import structured
 from v4train.train.checkpoint import CheckpointConfig
 from v4train.train.phases import Plan, Stage, make_plan
 from v4train.train.spike_guard import GuardConfig
 from v4train.train.tracking import TrackingConfig
-
-PRECISIONS = ("fp32", "bf16")
-DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass
@@ -127,10 +125,9 @@ def settings(config: DictConfig) -> Settings:
         raise ConfigError("seed", seed, "it must be a whole number from 0 to 2^63 - 1", "use seed=1")
     if precision not in PRECISIONS:
         raise ConfigError("precision", precision, "unknown precision", f"use one of {', '.join(PRECISIONS)}")
-    if not isinstance(resolved["compile"], bool):
-        raise ConfigError("compile", resolved["compile"], "it must be true or false", "use compile=false")
     parallelism = structured(ParallelismConfig, resolved["parallelism"], "parallelism")
     topology = make_topology(parallelism, checked_device(device))
+    check_compile(resolved["compile"], topology.sizes.tensor)
     train = structured(TrainConfig, resolved["train"], "train")
     model = model_config(OmegaConf.create(resolved["model"]))
     schedule = structured(ScheduleConfig, resolved["schedule"], "schedule")
@@ -159,9 +156,6 @@ def settings(config: DictConfig) -> Settings:
     if made.guard.enabled and made.guard.snapshot == "disk" and not made.checkpoint.every:
         rule = "checkpoint.every=0 writes no checkpoint that a spike could go back to"
         raise ConfigError("guard.snapshot", "disk", rule, "set checkpoint.every, or use guard.snapshot=memory")
-    if made.compile and made.topology.sizes.tensor > 1:
-        rule = "what is compiled holds no collectives"
-        raise ConfigError("compile", True, rule, "use compile=false with parallelism.tensor")
     if made.compile and made.topology.device.type == "cpu" and cpp_compiler() is None:
         rule = "torch.compile needs a C++ compiler, and neither $CXX nor g++ nor clang++ is found"
         raise ConfigError("compile", True, rule, "install g++, set CXX, or use compile=false")
@@ -216,8 +210,6 @@ def _check_train(train: TrainConfig, schedule: ScheduleConfig) -> None:
         refuse("max_steps", "nothing says how long to train", "set train.max_steps or train.max_tokens")
     if train.profile is not None and not (len(train.profile) == 2 and 1 <= train.profile[0] < train.profile[1]):
         refuse("profile", "it must be [start,stop] with 1 <= start < stop", "profile steps 5 to 9 with [5,10], or null")
-    if train.attention_mode not in ATTENTION_MODES:
-        refuse("attention_mode", "unknown mode", f"use one of {', '.join(ATTENTION_MODES)}")
 
 
 def _check_plan(made: Settings) -> None:
@@ -231,8 +223,5 @@ def _check_plan(made: Settings) -> None:
         for batch, _ in phase.batches:
             check_batch(batch, phase.micro_batch_size, sizes.data, prefix)
         check_layout_of(made.model, sizes, phase.sequence_length, f"{prefix}.sequence_length")
-        if phase.attention_mode == "indexer_warmup" and not made.model.indexed_kinds:
-            rule = f"no layer of {' '.join(made.model.layer_kinds)} has a lightning indexer, so nothing would learn"
-            remedy = "use dense, or a csa or dsa layer in model.attention_mix"
-            raise ConfigError(f"{prefix}.attention_mode", phase.attention_mode, rule, remedy)
+        check_attention_mode(made.model, phase.attention_mode, f"{prefix}.attention_mode")
     train.micro_batch_size = made.micro_batch(made.plan.last)

@@ -30,14 +30,27 @@ class SweepFailed(Exception):
 
 @contextmanager
 def refusing_bad_input() -> Iterator[None]:
-    """Around a program: a ConfigError becomes its one line, and exit code 2; Ctrl-C ends it quietly with 130."""
+    """Around a program: a ConfigError, or OmegaConf's for a key that was taken away, becomes one line, and exit code 2;
+    Ctrl-C ends it quietly with 130."""
     try:
         yield
     except ConfigError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        from omegaconf.errors import OmegaConfBaseException  # here, as not every program reads a configuration
+
+        if not isinstance(error, OmegaConfBaseException):
+            raise
+        from v4train.overrides import explain
+
+        _refuse(explain(error))
+
+
+def _refuse(error: ConfigError) -> None:
+    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def errors_from_hydra() -> None:

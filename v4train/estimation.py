@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from v4train.analysis.work import Work
 from v4train.errors import ConfigError
 from v4train.model.config import ModelConfig
-from v4train.model.rules import RECOMPUTE_LEVELS
+from v4train.model.rules import RECOMPUTE_LEVELS, check_attention_mode
 from v4train.optim.config import OptimizerConfig
 from v4train.parallel.rules import check_layout_of
 from v4train.parallel.sizes import (
@@ -22,10 +22,9 @@ from v4train.parallel.sizes import (
     check_values,
     default_micro_batch,
 )
+from v4train.rules import DEVICES, PRECISIONS, check_compile
 from v4train.structured import structured
 from v4train.train.phases import read_phases
-
-PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass
@@ -35,6 +34,7 @@ class Batch:
     global_batch_size: int
     micro_batch_size: int | None
     sequence_length: int
+    attention_mode: str
     recompute: str
 
 
@@ -44,6 +44,7 @@ class Step(NamedTuple):
     sequence_length: int
     global_batch_size: int
     micro_batch_size: int | None
+    mode: str
     prefix: str = "train"
 
 
@@ -56,27 +57,30 @@ def read_works(config: DictConfig, model: ModelConfig, ranks: int | None = None)
         ConfigError: a rule broken that training would refuse too.
     """
     layout = read_layout(config, model, ranks)
-    return list(dict.fromkeys(of_step(layout, model, step) for step in read_steps(config)))
+    return list(dict.fromkeys(of_step(layout, model, step) for step in read_steps(config, model)))
 
 
 def read_layout(config: DictConfig, model: ModelConfig, ranks: int | None = None) -> Work:
-    """The same but for the sizes of steps: of one row of one token a rank. Raises ConfigError as `read_works` does."""
+    """The same but for what phases change: of one row of one token a rank. Raises ConfigError as `read_works` does."""
+    batch = read_batch(config)
     parallelism = structured(ParallelismConfig, config.parallelism, "parallelism")
     optimizer = structured(OptimizerConfig, config.optimizer, "optimizer")
-    precision = _word(config, "precision", PRECISIONS)
+    precision, device = _word(config, "precision", PRECISIONS), _word(config, "device", DEVICES)
     optimizer.resolve_dtype(precision)
     check_values(parallelism)
     sizes = check_layout(parallelism, ranks or fewest_ranks(parallelism))
     check_layout_of(model, sizes, sizes.context)
+    check_compile(config.compile, sizes.tensor)
     return Work(
         sequence_length=sizes.context,
-        recompute=read_batch(config).recompute,
+        stage_length=batch.sequence_length,
+        recompute=batch.recompute,
         zero_stage=parallelism.zero_stage,
         optimizer=optimizer.name,
         newton_schulz_steps=sum(optimizer.newton_schulz_steps),
         newton_schulz_dtype=optimizer.newton_schulz_dtype,
         precision=precision,
-        device="cpu" if config.device == "cpu" else "cuda",
+        device="cpu" if device == "cpu" else "cuda",
         **_bucket(config),
         **{axis: getattr(sizes, axis) for axis in (*AXES, "expert")},
     )
@@ -89,20 +93,30 @@ def of_step(layout: Work, model: ModelConfig, step: Step) -> Work:
     check_batch(step.global_batch_size, step.micro_batch_size, sizes.data, step.prefix)
     rows = step.global_batch_size // sizes.data
     micro = step.micro_batch_size or default_micro_batch(rows, sizes.pipeline)
-    return replace(layout, sequence_length=step.sequence_length, rows=micro, accumulation=rows // micro)
+    sizes_of_step = {"sequence_length": step.sequence_length, "rows": micro, "accumulation": rows // micro}
+    return replace(layout, **sizes_of_step, mode=step.mode)
 
 
-def read_steps(config: DictConfig) -> list[Step]:
-    """Of the phases of `schedule.phases`, each size of a growing batch, or what `train` says; in order."""
+def read_steps(config: DictConfig, model: ModelConfig) -> list[Step]:
+    """Of the phases of `schedule.phases`, each size of a growing batch, or what `train` says; in order.
+
+    Raises:
+        ConfigError: phases that can't be read, or a mode that the model can't train in.
+    """
     batch = read_batch(config)
     if config.schedule.phases is None:
-        return [Step(batch.sequence_length, batch.global_batch_size, batch.micro_batch_size)]
-    phases = OmegaConf.to_container(config.schedule.phases, resolve=True)
-    return [
-        Step(phase.sequence_length, rows, phase.micro_batch_size or batch.micro_batch_size, f"schedule.phases.{number}")
-        for number, phase in enumerate(read_phases(phases))
-        for rows, _ in phase.batches
-    ]
+        steps = [Step(batch.sequence_length, batch.global_batch_size, batch.micro_batch_size, batch.attention_mode)]
+    else:
+        phases = read_phases(OmegaConf.to_container(config.schedule.phases, resolve=True))
+        steps = [
+            Step(phase.sequence_length, rows, micro, phase.attention_mode, f"schedule.phases.{number}")
+            for number, phase in enumerate(phases)
+            for micro in [phase.micro_batch_size or batch.micro_batch_size]
+            for rows, _ in phase.batches
+        ]
+    for step in steps:
+        check_attention_mode(model, step.mode, f"{step.prefix}.attention_mode")
+    return steps
 
 
 def _bucket(config: DictConfig) -> dict[str, int]:
@@ -126,7 +140,8 @@ def fewest_ranks(parallelism: ParallelismConfig) -> int:
 
 def read_batch(config: DictConfig) -> Batch:
     """Raises ConfigError for a value of the wrong type, or one that no run takes."""
-    batch = structured(Batch, {field.name: config.train[field.name] for field in fields(Batch)}, "train")
+    names = [field.name for field in fields(Batch)]
+    batch = structured(Batch, {name: config.train[name] for name in names if name in config.train}, "train")
     for key in ("global_batch_size", "micro_batch_size", "sequence_length"):
         value = getattr(batch, key)
         if value is not None and value < 1:

@@ -7,15 +7,17 @@ import difflib
 import hashlib
 import importlib.resources
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from v4train.errors import ConfigError
 from v4train.train.phases import read_phases
@@ -39,14 +41,65 @@ def composed(program: str, overrides: list[str]) -> DictConfig:
     """`conf/<program>.yaml` with these overrides. What the values mean is not checked.
 
     Raises:
-        ConfigError: an unknown key or option.
+        ConfigError: an unknown key or option, or one that is taken away.
     """
     GlobalHydra.instance().clear()
+    check_options(overrides)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return compose(program, overrides=overrides)
+            config = compose(program, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, program) from error
+    check_whole(config, program)
+    return config
+
+
+def chosen_option(group: str, overrides: list[str]) -> str:
+    """Of conf/<group>/, by the command line, an experiment or conf/pretrain.yaml. Overrides that `composed` takes."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return str(compose("pretrain", overrides, return_hydra_config=True).hydra.runtime.choices[group])
+
+
+def is_said(key: str, config: DictConfig, overrides: list[str]) -> bool:
+    """Whether the command line or an experiment says the value of `key`, and not conf/pretrain.yaml."""
+    shipped = OmegaConf.load(config_dir() / "pretrain.yaml")
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    return key in given or OmegaConf.select(config, key) != OmegaConf.select(shipped, key)
+
+
+def check_options(arguments: Iterable[str]) -> None:
+    """Raise ConfigError for a number or null as the option of a group: Hydra 1.3's own error is one of Python's."""
+    for argument in arguments:
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            continue  # no override, or one that composing refuses
+        if override.is_delete() or not (config_dir() / override.key_or_group).is_dir():
+            continue
+        value = override.value()
+        options = value.list if isinstance(value, ChoiceSweep) else value
+        for option in options if isinstance(options, list) else [options]:
+            if option is None or isinstance(option, bool | int | float | dict):
+                group = override.key_or_group
+                raise ConfigError(group, argument.partition("=")[2], "there is no such option", _remedy(group))
+
+
+def check_whole(config: DictConfig, program: str = "pretrain") -> None:
+    """Raise ConfigError where the command line took away a key of conf/<program>.yaml, or a group of them."""
+    shipped = OmegaConf.load(config_dir() / f"{program}.yaml")
+    chosen = [name for default in shipped.pop("defaults", []) if OmegaConf.is_dict(default) for name in default]
+    groups = [name for name in chosen if " " not in name and name != "experiment"]  # that is null
+    for key in [*groups, *(key for key in shipped if key != "hydra")]:
+        if key not in config:
+            remedy = _remedy(key) if key in groups else f"leave ~{key} out"
+            raise ConfigError(key, "missing", "it can't be taken away", remedy)
+        if (key in groups or OmegaConf.is_dict(shipped[key])) and not OmegaConf.is_dict(config[key]):
+            remedy = "set single keys of it; conf/ shows them"
+            raise ConfigError(key, config[key], "a group of keys is expected", remedy)
+
+
+def _remedy(group: str) -> str:
+    return f"choose one of {', '.join(sorted(path.stem for path in (config_dir() / group).glob('[!_]*.yaml')))}"
 
 
 def complete(config: DictConfig, overrides: list[str]) -> None:
@@ -121,7 +174,7 @@ OmegaConf.register_new_resolver("without_phases", without_phases, replace=True)
 
 
 def explain(error: Exception, program: str = "pretrain") -> ConfigError:
-    """What Hydra or OmegaConf complain of while composing, as one line with the nearest name that exists."""
+    """What Hydra or OmegaConf complain of, while composing or later, as one line with the nearest name that exists."""
     text = " ".join(str(error).split())
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
@@ -144,6 +197,8 @@ def explain(error: Exception, program: str = "pretrain") -> ConfigError:
             return ConfigError(key, "?", "keys passed through to DeepSpeed are added", f"write +{key}.<key>=<value>")
         near = difflib.get_close_matches(key, _known_keys(program), n=1, cutoff=0.7)
         return ConfigError(key, "?", "unknown key", f"did you mean {near[0]}?" if near else "conf/ shows all keys")
+    if isinstance(error, ConfigAttributeError | ConfigKeyError | MissingMandatoryValue) and error.full_key:
+        return ConfigError(error.full_key, "missing", "it has no value", "set it; conf/ shows typical ones")
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return ConfigError(error.full_key, "?", str(error.msg or error).splitlines()[0], "conf/ shows all keys")
     return ConfigError("config", "?", text, "conf/ shows all keys")

@@ -66,13 +66,14 @@ def test_what_tensor_parallelism_cuts(name):
         assert ours[parameter_name].cut == found, parameter_name
 
 
-@pytest.mark.parametrize("pipeline", [1, 2, 3])
-def test_what_a_stage_trains(pipeline):
-    config = tiny_config("swa csa hca", tie_embedding=False)
-    model, shares = on_meta(config), stage_shares(config, Work(64, pipeline=pipeline))
+@pytest.mark.parametrize(("pipeline", "length"), [(1, 64), (2, 64), (3, 64), (3, 1 << 20)])
+def test_what_a_stage_trains(pipeline, length):
+    """Stages are cut once, for one length, whatever the rows of a step are."""
+    config = tiny_config("gqa swa csa hca", tie_embedding=False)
+    model, shares = on_meta(config), stage_shares(config, Work(64, pipeline=pipeline, stage_length=length))
     for rank, share in enumerate(shares):
         topology = Topology(rank, 0, Sizes(pipeline=pipeline), torch.device("cpu"))
-        here = Stages(model, topology, 64).parts
+        here = Stages(model, topology, length).parts
         sizes = {id(p): p.numel() for part in here for p in part.parameters()}
         assert share.size == sum(sizes.values())
     assert sum(share.size for share in shares) == sum(p.numel() for p in model.parameters())

@@ -58,6 +58,19 @@ def test_recomputation_adds_a_forward_of_the_blocks():
     assert plain.compute < part.compute < again.compute
 
 
+@pytest.mark.parametrize(("mode", "part"), [("dense", 1), ("indexer_warmup", 0)])
+def test_modes_have_flops_of_their_own(mode, part):
+    """A dense backward pass computes no indexer again; where the indexers learn alone it computes nothing again."""
+    work = Work(64, optimizer="adamw", mode=mode)
+    sparse, plain = (step_time(CONFIG, of, DEVICE, USE) for of in (replace(work, mode="sparse"), work))
+    flops = training_flops_per_token(CONFIG, 64, mode) - training_flops_per_token(CONFIG, 64)
+    assert plain.compute - sparse.compute == pytest.approx(64 * flops / 0.5e9)
+    assert plain.mfu == pytest.approx(64 * training_flops_per_token(CONFIG, 64, mode) / 1e9 / plain.total)
+    again = step_time(CONFIG, replace(work, recompute="block"), DEVICE, USE)
+    blocks = sum(part_flops(CONFIG, 64, mode)[1:4]) / 3
+    assert again.compute - plain.compute == pytest.approx(part * 64 * blocks / 0.5e9)
+
+
 def test_recomputation_reaches_the_block_of_mtp():
     """And not the head that MTP calls, nor its projections."""
     with_mtp, without = tiny_config("swa csa hca"), CONFIG

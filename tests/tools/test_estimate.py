@@ -2,13 +2,19 @@
 
 import importlib.util
 import json
+import re
 import resource
 import subprocess
 import sys
 
 import pytest
 
+from v4train.analysis.flops import training_flops_per_token
+from v4train.analysis.memory import GIB, peak_memory
 from v4train.errors import ConfigError
+from v4train.estimation import read_works
+from v4train.model.config import model_config
+from v4train.overrides import complete, composed, config_dir
 
 COMPARE = ["estimate.compare=[v32,flash,pro]", "estimate.context=1048576"]
 SPEC = importlib.util.find_spec("tools.estimate")
@@ -76,6 +82,45 @@ def test_ranks_of_a_layout(tool, capsys):
     assert (layout["ranks"], layout["tensor"], layout["data"]) == (4, 2, 2)
 
 
+def test_the_attention_mode(tool, capsys):
+    """What a dry run of the same says; the trunk's products once instead of three times."""
+    found = {}
+    for mode in ("sparse", "indexer_warmup", "dense"):
+        given = [f"train.attention_mode={mode}", "train.sequence_length=2048", "estimate.format=json"]
+        found[mode] = json.loads(printed(tool, capsys, *given))
+        model = model_config(composed("pretrain", []).model)
+        per_token, parts = found[mode]["training_flops_per_token"], found[mode]["training_flops_by_part"]
+        assert per_token == training_flops_per_token(model, 2048, mode) == pytest.approx(sum(parts.values()))
+        assert found[mode]["layout"]["mode"] == mode
+    sparse, warmup, dense = (of["training_flops_by_part"] for of in found.values())
+    assert sparse["ffn"] == dense["ffn"] == 3 * warmup["ffn"]
+    assert sparse["indexers"] == warmup["indexers"] > dense["indexers"] == 0
+
+
+def test_stages_are_those_that_a_run_cuts_once(tool, capsys):
+    """For the rows of the last phase, not for those of the phase that needs most."""
+    phases = [f"+schedule.phases.{number}.micro_batch_size=1" for number in (1, 2)]
+    given = ["schedule=v4_small", "parallelism=pipeline", *phases, "schedule.phases.2.sequence_length=128"]
+    layout = json.loads(printed(tool, capsys, *given, "schedule.phases.2.tokens=2048", "estimate.format=json"))[
+        "layout"
+    ]
+    assert layout["sequence_length"] > layout["stage_length"] == 128
+
+
+@pytest.mark.parametrize("name", ["v4_flash", "v4_pro"])
+def test_the_memory_in_the_head_of_a_schedule(name):
+    """Of the command there, in the last phase and in the first."""
+    text = (config_dir() / "schedule" / f"{name}.yaml").read_text().replace("\\\n#", "").replace("\n# ", " ")
+    ranks, words = re.search(r"ntasks=(\d+) .* launch/pretrain.py (.*)", text).groups()
+    overrides = words.split()
+    config = composed("pretrain", overrides)
+    complete(config, overrides)
+    model = model_config(config.model)
+    works = read_works(config, model, int(ranks))
+    found = [round(peak_memory(model, work).total / GIB) for work in (works[-1], works[0])]
+    assert found == [int(size) for size in re.search(r"(\d+) GiB a rank .*and (\d+) at 4K", text).groups()]
+
+
 def test_the_phase_that_needs_most(tool, capsys):
     """v4_small's rows of 512 tokens, not the last phase's micro-batches of one."""
     given = ["model=flash_small", "schedule=v4_small", "+schedule.phases.2.micro_batch_size=1", "estimate.format=json"]
@@ -95,6 +140,15 @@ def test_json_has_the_curve_and_every_precision(tool, capsys):
     assert counts["total_with_mtp"] - counts["total"] == counts["by_part"]["mtp"]
 
 
+def test_parts_of_compared_models_can_be_chosen(tool, capsys):
+    given = ["estimate.compare=[v32_small,flash_small]", "estimate.format=json"]
+    plain = [*given, "model/residual=plain"]
+    counts = [
+        json.loads(printed(tool, capsys, *words))["models"]["flash_small"]["parameters"] for words in (given, plain)
+    ]
+    assert "residual" in counts[0]["by_part"] and "residual" not in counts[1]["by_part"]
+
+
 def test_the_plot(tool, capsys, tmp_path):
     printed(tool, capsys, "estimate.compare=[v32_small,flash_small]", f"estimate.plot={tmp_path / 'curves.png'}")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -109,8 +163,21 @@ def test_the_plot(tool, capsys, tmp_path):
         (["estimate.precisions.ffn=int3"], "estimate.precisions.ffn=int3: unknown precision"),
         (["estimate.compare=pro"], "estimate.compare=pro: a list of models"),
         (["estimate.compare=[pro,nothing]"], "model=nothing: there is no such option"),
+        (
+            ["estimate.compare=[pro,pro]"],
+            "estimate.compare=.*: each is an option of the group model, and stands there once",
+        ),
+        (["estimate.compare=[attention/v3]"], "estimate.compare=.*: each is an option of the group model"),
+        (["estimate.plot=/proc/no/curves.png"], "estimate.plot=/proc/no/curves.png: it can't be written"),
+        (["estimate.compare=[v32,3]"], "model=3: there is no such option"),
+        (["parallelism=null"], "parallelism=null: there is no such option"),
+        (["~parallelism"], "parallelism=missing: it can't be taken away; choose one of auto"),
         (["estimate.compare=[pro]", "model=flash"], "model=flash: estimate.compare names the models"),
         (["parallelism.tensor=3"], "parallelism.tensor=3: .* must be a multiple of it"),
+        (["train.attention_mode=foo"], "train.attention_mode=foo: unknown mode; use one of dense"),
+        (["model=dense_small", "train.attention_mode=indexer_warmup"], "train.attention_mode=.*: no layer of gqa"),
+        (["device=tpu"], "device=tpu: unknown word; use one of auto, cpu, cuda"),
+        (["compile=true", "parallelism.tensor=2"], "compile=True: what is compiled holds no collectives"),
         (["train.recompute=all"], "train.recompute=all: unknown level"),
         (["train.global_batch_size=0"], "train.global_batch_size=0: it must be at least 1"),
         (["estimate.rates.fp8=-1"], "estimate.rates.fp8=-1.0: it must be above 0"),

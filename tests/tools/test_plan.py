@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 import sys
 
 import pytest
@@ -55,7 +57,7 @@ def test_published_layout_is_among_them(tool, capsys):
 
 def test_a_large_run_unless_told_otherwise(tool, capsys, tmp_path):
     """The command alone means no run of 4 rows of 512 tokens in fp32; what it assumes stands in the file."""
-    path = tmp_path / "mine.yaml"
+    path = tmp_path / "parallelism" / "mine.yaml"
     small = ["model=flash", "gpus=64", "hardware=gb300", "max_pipeline=4", "max_tensor=1", "train.recompute=block"]
     found = plans(tool, capsys, *small, f"write={path}")
     layout = found[0]["layout"]
@@ -72,6 +74,9 @@ def test_no_layout_that_training_refuses(tool, capsys):
     found = plans(tool, capsys, "model=flash_small", "gpus=4", "hardware=cpu", *SMALL)
     assert {plan["layout"]["zero_stage"] for plan in found if plan["layout"]["pipeline"] > 1} == {0, 1}
     assert {plan["layout"]["zero_stage"] for plan in found if plan["layout"]["pipeline"] == 1} == {0, 1, 2, 3}
+    assert {plan["layout"]["tensor"] for plan in found} == {1, 2}
+    compiled = plans(tool, capsys, "model=flash_small", "gpus=4", "hardware=cpu", "compile=true", *SMALL)
+    assert {plan["layout"]["tensor"] for plan in compiled} == {1}
 
 
 def test_phases_say_what_steps_are(tool, capsys):
@@ -91,7 +96,7 @@ def test_an_option_of_parallelism_fixes_its_keys(tool, capsys):
 
 
 def test_the_file_it_writes(tool, capsys, tmp_path):
-    path = tmp_path / "mine.yaml"
+    path = tmp_path / "parallelism" / "mine.yaml"
     tool.main(["model=flash", "gpus=256", *RUN, "max_pipeline=8", "max_tensor=1", f"write={path}"])
     table, text = capsys.readouterr().out, path.read_text()
     assert "flash on 256 x h100" in table
@@ -101,9 +106,81 @@ def test_the_file_it_writes(tool, capsys, tmp_path):
     sizes = check_layout(ParallelismConfig(**(base | values)), 256)
     assert sizes.world == 256
     command = next(line for line in text.splitlines() if "launch/pretrain.py" in line)
-    overrides = command.partition("launch/pretrain.py ")[2].split()
+    overrides = shlex.split(command.partition("launch/pretrain.py ")[2])
     assert "parallelism=mine" in overrides and "model=flash" in overrides
-    composed("pretrain", [word for word in overrides if not word.startswith("parallelism=")])
+    config = composed("pretrain", overrides)  # and Hydra finds the file
+    assert {key: config.parallelism[key] for key in values} == values
+    tool.main(["model=flash", "gpus=64", "gpu_memory=300", *RUN, "max_pipeline=2", f"write={path}"])  # its own file
+    assert "on 64 ranks" in path.read_text()
+
+
+def test_the_command_it_writes_is_quoted_for_a_shell(tool, tmp_path):
+    path = tmp_path / "parallelism" / "mine.yaml"
+    words = ["schedule.kind=sqrt", "model.name='two words $HOME'", "model.attention_mix='swa*2 (csa hca)*1'"]
+    fixed = ["model.num_layers=4", "parallelism.zero_stage=0", "+parallelism.deepspeed.wall_clock_breakdown=true"]
+    tool.main(["gpus=2", "hardware=cpu", *SMALL, *words, *fixed, f"write={path}"])
+    command = next(line for line in path.read_text().splitlines() if "launch/pretrain.py" in line)
+    given = shlex.split(command.partition("launch/pretrain.py ")[2])
+    assert set(words) < set(given) and fixed[2] in given and fixed[1] not in given
+    assert composed("pretrain", given).model.name == "two words $HOME"
+
+
+def test_the_commands_that_its_help_shows(tool, capsys):
+    commands = [line.split("tools/plan.py ")[1].split() for line in tool.__doc__.splitlines() if "python tools" in line]
+    assert len(commands) == 2
+    for words in commands:
+        tool.main([word for word in words if not word.startswith("write=")])
+        assert "layouts fit" in capsys.readouterr().out
+
+
+def test_what_an_experiment_says_is_not_assumed(tool, capsys):
+    """Its layout holds, its rows are planned: 16 x 160 tokens, one data rank without ZeRO."""
+    found = plans(tool, capsys, "experiment=recall", "gpus=2", "hardware=cpu", "train.recompute=none")
+    layouts = [plan["layout"] for plan in found]
+    assert {(of["sequence_length"], of["rows"] * of["accumulation"] * of["data"]) for of in layouts} == {(160, 16)}
+    assert {(of["data"], of["zero_stage"], of["precision"]) for of in layouts} == {(1, 0, "bf16")}
+    assert plans(tool, capsys, "gpus=2", "hardware=cpu", "parallelism='pipeline'", *SMALL)[0]["layout"]["pipeline"] == 2
+
+
+def test_the_least_need_is_that_of_a_layout(tool, capsys):
+    """Whatever there is: with a little more than it says a layout fits, with a little less none does."""
+    given = ["model=flash", "gpus=64", "max_pipeline=4", "max_tensor=1", *RUN, "headroom=0"]
+
+    def need(memory):
+        with pytest.raises(ConfigError) as caught:
+            tool.main([*given, f"gpu_memory={memory}"])
+        return float(re.search(r"the smallest layout tried needs ([\d.]+) GiB", str(caught.value))[1])
+
+    least = need(20)
+    assert need(least / 2) == need(least - 0.1) == least
+    assert plans(tool, capsys, *given, f"gpu_memory={least + 0.1}")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("conf/parallelism/auto.yaml", "parallelism=auto exists, and isn't of this program; choose another name"),
+        ("conf/parallelism/zero1.yaml", "parallelism=zero1 exists"),
+        ("elsewhere/parallelism/zero1.yaml", "parallelism=zero1 exists"),  # Hydra would take the other
+        ("conf/parallelism/noext", "it must be <name>.yaml"),
+        ("conf/parallelism/3.yaml", "it must be <name>.yaml"),
+        ("conf/parallelism/null.yaml", "it must be <name>.yaml"),
+        ("conf/parallelism/a b.yaml", "it must be <name>.yaml"),
+        ("elsewhere/mine.yaml", "an option lies in a folder .*; for example elsewhere/parallelism/mine.yaml"),
+    ],
+)
+def test_no_file_that_hydra_would_not_find(tool, file, message):
+    with pytest.raises(ConfigError, match=f"^write=.*: {message}"):
+        tool.main(["gpus=2", "hardware=cpu", *SMALL, f"write='{file}'"])
+
+
+def test_a_file_of_the_users_own_stays(tool, tmp_path):
+    path = tmp_path / "parallelism" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text("tensor: 2\n")
+    with pytest.raises(ConfigError, match="parallelism=mine exists"):
+        tool.main(["gpus=2", "hardware=cpu", *SMALL, f"write={path}"])
+    assert path.read_text() == "tensor: 2\n"
 
 
 def test_plans_of_small_models_take_what_is_fixed(tool, capsys):
@@ -134,6 +211,9 @@ def test_plans_of_small_models_take_what_is_fixed(tool, capsys):
         (["parallelism.expert=0"], "parallelism.expert=0: it must be at least 1"),
         (["parallelism.zero_stage=9"], "parallelism.zero_stage=9: ZeRO has stages 0 to 3"),
         (["parallelism.pipeline=2", "parallelism.zero_stage=2"], "parallelism.zero_stage=2: DeepSpeed's pipeline"),
+        (["train.attention_mode=foo"], "train.attention_mode=foo: unknown mode; use one of dense"),
+        (["device=tpu"], "device=tpu: unknown word; use one of auto, cpu, cuda"),
+        (["compile=true", "parallelism.tensor=2"], "compile=True: what is compiled holds no collectives"),
         (["devices.h100.bandwidth=0"], "devices.h100.bandwidth=0.0: it must be above 0"),
         (["devices.h100.flops_bf16=-1"], "devices.h100.flops_bf16=-1.0: it must be above 0"),
         (["hardware=abacus"], "hardware=abacus: there is no such device; use one of h100"),
@@ -141,6 +221,12 @@ def test_plans_of_small_models_take_what_is_fixed(tool, capsys):
         (["gpus=0"], "gpus=0: it must be at least 1"),
         (["efficiency=2"], "efficiency=2.0: it must lie above 0"),
         (["headroom=1"], "headroom=1.0: it must lie in"),
+        (["train=3"], "train=3: a group of keys is expected"),
+        (["~train.sequence_length"], "train.sequence_length=missing: it has no value"),
+        (["~parallelism"], "parallelism=missing: it can't be taken away"),
+        (["parallelism=2"], "parallelism=2: there is no such option"),
+        (["~assumed.train"], "assumed.train=missing: it has no value"),
+        (["~hardware"], "hardware=missing: it can't be taken away"),
         (["modl=flash"], "modl=.*: unknown key"),
     ],
 )

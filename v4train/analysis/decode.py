@@ -43,21 +43,21 @@ class Rates:
 PRODUCTS = tuple(field.name for field in fields(Precisions))
 
 
-def decode_matrices(config: ModelConfig) -> dict[str, int]:
+def decode_matrices(config: ModelConfig, indexers_apart: bool = False) -> dict[str, int]:
     """Matrix elements that a decoded token is multiplied with, by kind of product."""
     total: Counter[str] = Counter()
-    for kind, size in [*used_matrices(config, cut=True), *used_matrices(config, cut=False)]:
-        total[kind] += size
+    for parameter, kind, size in used_matrices(config):
+        total["indexers" if indexers_apart and parameter.part == "indexers" else kind] += size
     if config.tie_embedding:
         total["head"] += config.vocab_size * config.hidden_size
     return dict(total)
 
 
-def used_matrices(config: ModelConfig, cut: bool) -> Iterator[tuple[str, int]]:
-    """Kind and size of each matrix that tensor parallelism cuts, or doesn't: elements that a token meets."""
+def used_matrices(config: ModelConfig) -> Iterator[tuple[Parameter, str, int]]:
+    """Each matrix, its kind of product, and how many of its elements a token meets."""
     for parameter in parameters(config):
-        if (kind := _kind(parameter)) is not None and (parameter.cut is not None) == cut:
-            yield kind, _used(config, parameter)
+        if (kind := _kind(parameter)) is not None:
+            yield parameter, kind, _used(config, parameter)
 
 
 def decode_by_product(config: ModelConfig, context: int) -> dict[str, int]:

@@ -10,7 +10,9 @@ The words of `mode` are those of `train.attention_mode`. `dense` attends to all 
 from v4train.model.config import AttentionConfig, IndexerConfig, LayerAttention, MLAConfig, ModelConfig
 
 # Forward, and twice that backward: of all but the lightning indexers, and of these
-PASSES = {"sparse": (3, 3), "dense": (3, 0), "indexer_warmup": (1, 3)}
+MODE_PASSES = {"sparse": (3, 3), "dense": (3, 0), "indexer_warmup": (1, 3)}
+# Forward passes that backward makes again where activations are recomputed
+MODE_RECOMPUTES = {"sparse": (1, 1), "dense": (1, 0), "indexer_warmup": (0, 0)}
 
 
 def active_matrix_parameters(config: ModelConfig) -> int:
@@ -25,29 +27,32 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int, mode: st
 
 def part_flops(config: ModelConfig, sequence_length: int, mode: str = "sparse") -> list[float]:
     """`training_flops_per_token` of each of `Transformer.parts`: embedding, blocks, head, MTP."""
-    of_trunk, of_indexers = PASSES[mode]
-    parts = zip(
-        _part_matrices(config),
-        _part_cores(config, sequence_length, mode),
-        _part_indexers(config, sequence_length),
-        strict=True,
-    )
-    return [of_trunk * (2 * matrices + core - index) + of_indexers * index for matrices, core, index in parts]
+    return _times(MODE_PASSES[mode], _part_matrices(config), config, sequence_length, mode)
 
 
-def attention_flops(config: ModelConfig, sequence_length: int) -> list[float]:
-    """Forward FLOPs per token of attention, projections included, of each of `Transformer.parts`."""
-    projections = [2 * attention_matrices(config, layer) for layer in config.layers]
-    of_mtp = [2 * attention_matrices(config, config.mtp_layer)] * config.mtp.num_layers
-    return [a + b for a, b in zip([0, *projections, 0, *of_mtp], _part_cores(config, sequence_length), strict=True)]
-
-
-def block_flops(config: ModelConfig, sequence_length: int) -> list[float]:
-    """Forward FLOPs per token of the blocks of each of `Transformer.parts`, MTP's block without its projections."""
+def recomputed_flops(config: ModelConfig, sequence_length: int, mode: str, level: str) -> list[float]:
+    """FLOPs per token that backward makes again with `train.recompute` at `level`, of each of `Transformer.parts`:
+    attention with its projections, or whole blocks, of MTP without the projections that it begins with."""
+    if level == "none":
+        return [0.0] * (config.num_layers + 2 + config.mtp.num_layers)
     layers = [*zip(config.layers, config.ffn_kinds, strict=True)]
-    blocks = [2 * _block(config, layer, ffn) for layer, ffn in layers]
-    of_mtp = [2 * _block(config, config.mtp_layer, config.mtp_ffn)] * config.mtp.num_layers
-    return [a + b for a, b in zip([0, *blocks, 0, *of_mtp], _part_cores(config, sequence_length), strict=True)]
+    of_mtp = [(config.mtp_layer, config.mtp_ffn)] * config.mtp.num_layers
+
+    def matrices(layer: LayerAttention, ffn: str) -> int:
+        return _block(config, layer, ffn) if level == "block" else attention_matrices(config, layer)
+
+    again = [0, *(matrices(*of) for of in layers), 0, *(matrices(*of) for of in of_mtp)]
+    return _times(MODE_RECOMPUTES[mode], again, config, sequence_length, mode)
+
+
+def _times(
+    passes: tuple[int, int], matrices: list[int], config: ModelConfig, sequence_length: int, mode: str
+) -> list[float]:
+    """FLOPs of so many forward passes, of all but the indexers and of these, through parts with so many elements."""
+    of_trunk, of_indexers = passes
+    cores, indexers = _part_cores(config, sequence_length, mode), _part_indexers(config, sequence_length)
+    parts = zip(matrices, cores, indexers, strict=True)
+    return [of_trunk * (2 * size + core - index) + of_indexers * index for size, core, index in parts]
 
 
 def _part_matrices(config: ModelConfig) -> list[int]:

@@ -17,6 +17,9 @@ A step passes through phases that never meet, and each is a sum of its own; the 
     muon          updates of one group of matrices after another
     step          of the flat parts that ZeRO keeps
 
+Activations are those of sparse training, whatever `Work.mode`: an upper bound for `indexer_warmup`, which has no
+backward pass but the indexers'.
+
 Not counted: the process itself (Python, PyTorch, CUDA's context), NCCL's buffers, holes between blocks of memory.
 """
 

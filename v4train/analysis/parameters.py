@@ -180,7 +180,7 @@ class Share:
 
 def stage_shares(config: ModelConfig, work: Work) -> list[Share]:
     """What a rank of each pipeline stage trains. See `copied_embedding` for what the last one holds beside that."""
-    bounds = stage_bounds(config, work.sequence_length, work.pipeline)
+    bounds = stage_bounds(config, work.stage_length or work.sequence_length, work.pipeline)
     stages = [Share(slice(begin, end)) for begin, end in pairwise(bounds)]
     for parameter in parameters(config):
         unit = _unit(parameter.name, config)

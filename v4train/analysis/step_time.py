@@ -7,8 +7,9 @@ backward and over weights and gradients: what is no product is bound by memory. 
 products. Tensor parallelism shares out heads, inner channels and vocabulary;
 each rank does the rest for all of the tokens. Traffic is `communication.py`'s, over the link that joins the ranks of
 its axis; besides, ranks wait for each other in each exchange. Ranks that share the cores of a machine leave them to
-each other while they wait: there the mean stage counts, and there is no bubble. For choosing between layouts: the sum
-is no better than the few numbers in conf/plan.yaml.
+each other while they wait: there the mean stage counts, and there is no bubble. FLOPs are those of `Work.mode`; passes
+over memory and traffic are sparse training's in every mode. For choosing between layouts: the sum is no better than the
+few numbers in conf/plan.yaml.
 """
 
 import math
@@ -18,7 +19,7 @@ from statistics import mean
 from v4train.analysis.activations import unit_bytes
 from v4train.analysis.communication import activation_bytes, gradient_bytes, muon_bytes
 from v4train.analysis.decode import used_matrices
-from v4train.analysis.flops import attention_flops, block_flops, part_flops, training_flops_per_token
+from v4train.analysis.flops import MODE_PASSES, part_flops, recomputed_flops, training_flops_per_token
 from v4train.analysis.parameters import Share, stage_shares
 from v4train.analysis.work import Work
 from v4train.errors import ConfigError
@@ -107,7 +108,7 @@ def step_time(config: ModelConfig, work: Work, device: Device, use: Use, shares:
     seconds = sum(sent / _bandwidth(axis, work, device) for axis, sent in traffic.items())
     bubble = 0.0 if device.shared else (work.pipeline - 1) * micro_batch
     communication = (1 - use.overlap) * seconds + device.latency * exchanges(config, work)
-    flops = training_flops_per_token(config, work.sequence_length) * work.step_tokens / work.world
+    flops = training_flops_per_token(config, work.sequence_length, work.mode) * work.step_tokens / work.world
     mfu = flops / peak / (compute + bubble + optimizer + communication)
     return StepTime(compute, bubble, optimizer, communication, traffic, mfu)
 
@@ -145,9 +146,8 @@ def traffic_per_rank(config: ModelConfig, work: Work, shares: list[Share] | None
 
 def _stage_flops(config: ModelConfig, work: Work, shares: list[Share]) -> list[float]:
     """FLOPs of a token on each stage, with those that backward makes again."""
-    parts = part_flops(config, work.sequence_length)
-    recomputed = {"attention": attention_flops, "block": block_flops}.get(work.recompute)
-    again = recomputed(config, work.sequence_length) if recomputed else [0.0] * len(parts)
+    parts = part_flops(config, work.sequence_length, work.mode)
+    again = recomputed_flops(config, work.sequence_length, work.mode, work.recompute)
     costs = [part + more for part, more in zip(parts, again, strict=True)]
     together = config.num_layers + 1
     units = [*costs[:together], sum(costs[together:])]
@@ -158,9 +158,13 @@ def _share_of_flops(config: ModelConfig, work: Work) -> float:
     """Share of a token's FLOPs that each rank of a tensor group does: heads, inner channels, vocabulary are cut."""
     if work.tensor == 1:
         return 1.0
-    whole = sum(size for _, size in used_matrices(config, cut=False))
-    flops = training_flops_per_token(config, work.sequence_length)
-    left = min(1.0, 6 * whole / flops)
+    of_trunk, of_indexers = MODE_PASSES[work.mode]
+    whole = sum(
+        2 * (of_indexers if parameter.part == "indexers" else of_trunk) * size
+        for parameter, _, size in used_matrices(config)
+        if parameter.cut is None
+    )
+    left = min(1.0, whole / training_flops_per_token(config, work.sequence_length, work.mode))
     return left + (1 - left) / work.tensor
 
 

@@ -8,7 +8,8 @@ class Work:
     """Sizes of a layout, and what it does in a step.
 
     rows: of a micro-batch, on each of the `data` ranks; accumulation: micro-batches; sequence_length: of whole rows.
-    The words are those of conf/: `train.recompute`, `optimizer.name`, `precision`. newton_schulz_*: those of
+    stage_length: rows that pipeline stages are cut for, once for all phases; None: these. The words are those of
+    conf/: `train.attention_mode`, `train.recompute`, `optimizer.name`, `precision`. newton_schulz_*: those of
     conf/optimizer/muon.yaml, iterations of both kinds together. device: on a `cpu` memory that nothing is written to
     takes no room, on `cuda` it does.
     """
@@ -16,6 +17,8 @@ class Work:
     sequence_length: int
     rows: int = 1
     accumulation: int = 1
+    stage_length: int | None = None
+    mode: str = "sparse"
     recompute: str = "none"
     pipeline: int = 1
     data: int = 1

@@ -206,7 +206,9 @@ class ModelConfig:
     @property
     def layers(self) -> list[LayerAttention]:
         """Attention of each of the `num_layers` layers."""
-        return [self.layer(word) for word in expand_mix(self.attention_mix)]
+        words = expand_mix(self.attention_mix)
+        made = {word: self.layer(word) for word in set(words)}  # few: plan.py asks tens of thousands of times
+        return [made[word] for word in words]
 
     @property
     def layer_kinds(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING
 
+from v4train.errors import ConfigError
 from v4train.model.mix import expand_mix, parse_layer, refuse
 
 if TYPE_CHECKING:
@@ -49,6 +50,15 @@ def validate(config: ModelConfig) -> None:
     _experts(config)
     if config.mtp.num_layers not in (0, 1):
         refuse("mtp.num_layers", config.mtp.num_layers, "there is at most one MTP block", "use 0 or 1")
+
+
+def check_attention_mode(config: ModelConfig, mode: str, key: str) -> None:
+    """Raise `ConfigError`, by `key`, for a mode that doesn't exist or that this model has nothing to train in."""
+    if mode not in ATTENTION_MODES:
+        raise ConfigError(key, mode, "unknown mode", f"use one of {', '.join(ATTENTION_MODES)}")
+    if mode == "indexer_warmup" and not config.indexed_kinds:
+        rule = f"no layer of {' '.join(config.layer_kinds)} has a lightning indexer, so nothing would learn"
+        raise ConfigError(key, mode, rule, "use dense, or a csa or dsa layer in model.attention_mix")
 
 
 def _numbers(section: object, path: str = "") -> None:

@@ -58,7 +58,7 @@ def dry_run(settings: Settings) -> dict[str, float]:
 
 
 def works(settings: Settings, given: Work) -> list[tuple[Stage, Work]]:
-    """Of each phase and batch size that the run gets to: its first step, and `given` with its length and batches."""
+    """Of each phase and batch size that the run gets to: its first step, and `given` with its length, mode, batches."""
     found = []
     for stretch in settings.plan.stretches:
         if stretch.first >= settings.plan.total_steps:
@@ -66,8 +66,8 @@ def works(settings: Settings, given: Work) -> list[tuple[Stage, Work]]:
         stage = settings.plan.at(stretch.first)
         rows = settings.micro_batch(stage)
         accumulation = stage.global_batch_size // (rows * given.data)
-        work = replace(given, sequence_length=stage.sequence_length, rows=rows, accumulation=accumulation)
-        found.append((stage, work))
+        length, mode = stage.sequence_length, stage.attention_mode
+        found.append((stage, replace(given, sequence_length=length, mode=mode, rows=rows, accumulation=accumulation)))
     return found
 
 
