@@ -9,6 +9,8 @@ from hypothesis import settings
 # Before any library reads them; child processes inherit them too.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads warn in every forked child
+if "PYTEST_XDIST_WORKER" in os.environ:  # two threads each on two cores are slower than one
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # derandomize: the same examples on every run, and no database in the checkout
 settings.register_profile("reproducible", derandomize=True, deadline=None)
