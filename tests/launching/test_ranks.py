@@ -17,6 +17,8 @@ rank = os.environ["RANK"]
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
 os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']}\\n".encode())
 open(f"{rank}.started", "w").close()
+while not os.path.exists(f"{1 - int(rank)}.started"):  # torchrun ends the other one with the first
+    time.sleep(0.01)
 if sys.argv[1] == "wait":
     time.sleep(60)
 if sys.argv[1] == "kill" and rank == "1":

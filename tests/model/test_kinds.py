@@ -96,7 +96,8 @@ def test_any_mix_is_causal_and_keeps_documents_apart(mix, data):
     position = data.draw(st.integers(0, sum(lengths) - 1))
     future = tokens.clone()
     future[:, position:] = (future[:, position:] + 1) % 64
-    check(logits(model, future, ids)[:, :position], packed[:, :position], 1e-6)
+    # Experts get other numbers of tokens, and products of another size round otherwise
+    check(logits(model, future, ids)[:, :position], packed[:, :position], 1e-6 * packed.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", KINDS)
