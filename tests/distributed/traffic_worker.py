@@ -68,7 +68,8 @@ def expected_bytes(made: Settings, engine: Engine, accumulation: int) -> dict[st
     """By the formulas; those of parameters are of this rank's, summed over the ranks."""
     sizes, stage = made.topology.sizes, made.parallelism.zero_stage
     axes = {axis: getattr(sizes, axis) for axis in ("pipeline", "data", "context", "tensor", "expert")}
-    work = Work(made.train.sequence_length, made.train.micro_batch_size, accumulation, made.train.recompute, **axes)
+    batch = {"rows": made.train.micro_batch_size, "accumulation": accumulation, "recompute": made.train.recompute}
+    work = Work(made.train.sequence_length, **batch, **axes)
     expected = activation_bytes(made.model, work)
     of_gradients = of_muon = 0.0
     for group in engine.groups:

@@ -1,6 +1,6 @@
 """What a run does in a step, and on which layout: what memory, traffic and time depend on beside the model."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Work:
     """
 
     sequence_length: int
+    _: KW_ONLY
     rows: int = 1
     accumulation: int = 1
     stage_length: int | None = None
