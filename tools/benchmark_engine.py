@@ -12,13 +12,13 @@ of ratios within a turn, because a machine's speed drifts.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable
 
 import torch
 
+from v4train.analysis.on_ranks import on_ranks
 from v4train.analysis.turns import serve, take_turns
 from v4train.config import Settings, load, settings
 from v4train.data import Batch
@@ -26,7 +26,7 @@ from v4train.errors import refusing_bad_input
 from v4train.model import Transformer, build_model
 from v4train.parallel.layout import Layout
 from v4train.parallel.topology import start_distributed, stop_distributed
-from v4train.train.allocator import keep_freed_memory, tuned_environment
+from v4train.train.allocator import keep_freed_memory
 from v4train.train.distributed import all_max
 
 WARM_UP = 3  # steps before those that count
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     commands = {}
     for what, ranks, preset in cases:
         program = [__file__, "--measure", what, *common, f"parallelism={preset}"]
-        commands[f"{what}_{ranks}"] = started(program, ranks)
+        commands[f"{what}_{ranks}"] = on_ranks(program, ranks)
     try:
         seconds, _ = take_turns(commands, options.rounds, WARM_UP)
     except RuntimeError as error:
@@ -79,13 +79,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", default=15, type=int, help="steps of each case that count")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser
-
-
-def started(program: list[str], ranks: int) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of a program on `ranks` ranks, all threads shared out among them."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    threads = str(max(1, torch.get_num_threads() // ranks))
-    return [sys.executable, *torchrun, *program], tuned_environment(os.environ | {"OMP_NUM_THREADS": threads})
 
 
 def measure(what: str, overrides: list[str]) -> None:

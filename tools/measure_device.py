@@ -10,17 +10,13 @@ the fastest of all rounds.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from v4train.train.allocator import keep_freed_memory, tuned_environment
+from v4train.analysis.on_ranks import collected, report
+from v4train.train.allocator import keep_freed_memory
 
-TIME_LIMIT = 300  # seconds
 TOKENS, HIDDEN, INNER = 1024, 256, 1024  # of a product
 COPIED = 1 << 23  # numbers that are copied at a time: more than caches hold
 SENT = 1 << 21  # numbers of a collective
@@ -30,21 +26,16 @@ REPEATS = 8  # of a round: ranks that share cores take turns within it
 def main(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     if options.measure:
-        return measure(Path(options.measure), options.seconds)
+        return measure(options.measure, options.seconds)
     print(json.dumps(measured(options.ranks, options.seconds), indent=1))
 
 
 def measured(ranks: int, seconds: float) -> dict[str, dict[str, float]]:
     """By collective or what else is measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += [__file__, "--measure", folder, "--seconds", str(seconds)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
-        environment = tuned_environment(environment)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
-        results = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
-    if len(results) < ranks:
-        raise SystemExit(f"error: the ranks ended with {done.returncode}\n{done.stderr[-2000:]}")
+    try:
+        results = collected([__file__, "--seconds", str(seconds), "--measure"], ranks)
+    except RuntimeError as error:
+        raise SystemExit(f"error: {error}") from error
     slowest = {name: max(result[name] for result in results) for name in results[0]}
     product, copied = 2 * TOKENS * HIDDEN * INNER, 2 * 4 * COPIED
     sent = {"all_reduce": 2 * (ranks - 1) / ranks, "all_gather": ranks - 1, "all_to_all": (ranks - 1) / ranks}
@@ -54,7 +45,7 @@ def measured(ranks: int, seconds: float) -> dict[str, dict[str, float]]:
     return result
 
 
-def measure(folder: Path, seconds: float) -> None:
+def measure(folder: str, seconds: float) -> None:
     """One rank's part: writes the seconds of everything, by name."""
     import torch
     import torch.distributed as dist
@@ -89,7 +80,7 @@ def measure(folder: Path, seconds: float) -> None:
     results["all_reduce"] = fastest(lambda: dist.all_reduce(numbers))
     results["all_gather"] = fastest(lambda: dist.all_gather_into_tensor(gathered, numbers))
     results["all_to_all"] = fastest(lambda: dist.all_to_all_single(received, numbers))
-    (folder / f"{rank}.json").write_text(json.dumps(results))
+    report(folder, rank, results)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -13,25 +13,21 @@ or more.
 import argparse
 import itertools
 import json
-import os
 import resource
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 from v4train.analysis.memory import GIB, peak_memory
+from v4train.analysis.on_ranks import collected, report
 from v4train.analysis.step_time import Device, Use, step_time
 from v4train.errors import refusing_bad_input
 from v4train.estimation import read_works
 from v4train.model.config import model_config
 from v4train.overrides import composed
 from v4train.structured import structured
-from v4train.train.allocator import keep_freed_memory, tuned_environment
+from v4train.train.allocator import keep_freed_memory
 
 LAYOUTS = ["zero_stage=0", "zero_stage=2", "tensor=2", "context=2", "pipeline=2", "expert=4"]
-TIME_LIMIT = 300  # seconds that a layout may take
 TINY = ["model.hidden_size=32", "model.vocab_size=512", "model.moe.intermediate_size=16", "train.sequence_length=128"]
 TINY += ["tokenizer.vocab_size=300"]
 CLOSE = 1.1  # ratio of times below which an order means nothing
@@ -41,7 +37,7 @@ def main(arguments: list[str]) -> None:
     options, overrides = parser().parse_known_intermixed_args(arguments)
     common = ["model=benchmark", "train.global_batch_size=8", "train.sequence_length=512", "device=cpu", *overrides]
     if options.measure:
-        return measure(Path(options.measure), options.steps, overrides)
+        return measure(options.measure, options.steps, overrides)
     plan = composed("plan", ["hardware=cpu"])
     device, use = structured(Device, plan.devices.cpu, "devices.cpu"), Use(plan.efficiency, plan.overlap)
     rows = [compared(layout, options, common, device, use) for layout in options.layouts]
@@ -84,20 +80,15 @@ def right_pairs(rows: list[dict]) -> float | None:
 
 
 def run(overrides: list[str], ranks: int, steps: int) -> tuple[float, float]:
-    """(seconds of the fastest step, bytes of the largest rank), all threads shared out among the ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += [__file__, "--measure", folder, "--steps", str(steps), *overrides]
-        threads = str(max(1, (os.cpu_count() or 1) // ranks))
-        environment = tuned_environment(os.environ | {"OMP_NUM_THREADS": threads})
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
-        results = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
-        if len(results) < ranks:  # an exit code says less: some launches abort at exit (deepspeed 0.19.8)
-            raise SystemExit(f"error: {' '.join(overrides)} ended with {done.returncode}\n{done.stderr[-2000:]}")
+    """(seconds of the fastest step, bytes of the largest rank)"""
+    try:
+        results = collected([__file__, "--steps", str(steps), *overrides, "--measure"], ranks)
+    except RuntimeError as error:
+        raise SystemExit(f"error: {' '.join(overrides)}: {error}") from error
     return max(seconds for seconds, _ in results), max(memory for _, memory in results)
 
 
-def measure(folder: Path, steps: int, overrides: list[str]) -> None:
+def measure(folder: str, steps: int, overrides: list[str]) -> None:
     """One rank's part: writes [seconds, bytes]."""
     import torch
 
@@ -143,7 +134,7 @@ def measure(folder: Path, steps: int, overrides: list[str]) -> None:
         engine.step(1e-4)
         seconds.append(time.perf_counter() - started)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    (folder / f"{topology.rank}.json").write_text(json.dumps([min(seconds), peak]))
+    report(folder, topology.rank, [min(seconds), peak])
     torch.distributed.barrier()
     stop_distributed()
     leave()

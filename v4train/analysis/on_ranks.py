@@ -1,0 +1,43 @@
+"""Start a program that measures something on several ranks of this machine, and collect what each of them found."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from v4train.train.allocator import tuned_environment
+
+TIME_LIMIT = 300  # seconds
+
+
+def on_ranks(program: Sequence[str], ranks: int) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a Python program on `ranks` ranks, which share out the cores (or OMP_NUM_THREADS)."""
+    launcher = ["-m", "v4train.launching.ranks", str(ranks)] if ranks > 1 else []
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // ranks
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads))}
+    return [sys.executable, *launcher, *program], tuned_environment(environment)
+
+
+def collected(program: Sequence[str], ranks: int) -> list[Any]:
+    """What `report` was given on each rank of `program`, which gets the folder to report to as its last argument.
+
+    Raises:
+        RuntimeError: fewer ranks reported, with what they said last.
+        subprocess.TimeoutExpired: after TIME_LIMIT.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command, environment = on_ranks([*program, folder], ranks)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
+        results = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    if len(results) < ranks:  # an exit code says less: some launches abort at exit (deepspeed 0.19.8)
+        raise RuntimeError(f"the ranks ended with {done.returncode}\n{done.stderr[-2000:]}")
+    return results
+
+
+def report(folder: str, rank: int, found: Any) -> None:
+    """One rank's part of `collected`: anything that JSON has."""
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
