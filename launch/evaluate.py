@@ -68,6 +68,8 @@ def main(arguments: list[str]) -> None:
     config = read_arguments(arguments)
     if config.tasks:
         from v4train.evaluation import harness  # first: it may be missing
+
+        harness.check_tasks(config.tasks, config.task_path, config.few_shot)
     directory, path = find_checkpoint(config.run)
     manifest = read_manifest(path)
     trained = manifest["state"]["config"]
@@ -75,6 +77,8 @@ def main(arguments: list[str]) -> None:
     tokenizer, corpus = read_data(config, directory, trained)
     recall_task(config, corpus, tokenizer, length)  # it may refuse
     model = load_model(path).to(config.device)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise diverged(config.run)
     scores_of = scorer(model, config.device)
     with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
         try:
@@ -126,7 +130,9 @@ def trained_length(state: dict[str, Any]) -> int:
 
 
 def diverged(run: str) -> ConfigError:
-    return ConfigError("run", run, "the model has diverged: its losses are not finite", "use another checkpoint")
+    return ConfigError(
+        "run", run, "the model has diverged: its losses or parameters are not finite", "use another checkpoint"
+    )
 
 
 def write(out: Path, found: dict[str, Any]) -> None:

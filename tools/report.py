@@ -2,8 +2,8 @@
 
     python tools/report.py run=runs/flash_small                       # into runs/flash_small/report/
     python tools/report.py run=runs/flash_small out=shown/
-    python tools/report.py 'compare=[runs/a,runs/b]' out=comparison/
-    python tools/report.py 'compare=[runs/sweep_*]'                   # patterns are understood
+    python tools/report.py --compare runs/a runs/b --out comparison/
+    python tools/report.py 'compare=[runs/sweep_*]' out=comparison/   # the same in Hydra's way; patterns are understood
 
 `run` is the folder of a run, finished or not; `compare` a list of such folders, where a pattern stands for those of the
 matching folders that hold a run; `out` the folder that is written to, `report` in the run's own, or `comparison` here,
@@ -11,6 +11,7 @@ unless given. Prints the page's path.
 """
 
 import glob
+import json
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> None:
     """Raises ConfigError."""
     if wants_help(arguments):
         return print(__doc__)
-    given = key_values(arguments, KEYS, "give run=runs/NAME, or compare=[runs/A,runs/B]")
+    given = key_values(without_dashes(arguments), KEYS, "give run=runs/NAME, or compare=[runs/A,runs/B]")
     if ("run" in given) == ("compare" in given):
         raise ConfigError("run", given.get("run", "missing"), "one of run and compare is wanted", "give run=runs/NAME")
     from v4train.report import compare, report  # after the arguments: it takes seconds
@@ -40,6 +41,22 @@ def main(arguments: list[str]) -> None:
         remedy = "name a folder that can"
         raise ConfigError("out", given.get("out"), f"it can't be written ({error.strerror})", remedy) from error
     print(page)
+
+
+def without_dashes(arguments: list[str]) -> list[str]:
+    """`--compare a b --out c` as key=value, which other arguments are already."""
+    found, words = [], None
+    given: dict[str, list[str]] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key.startswith("--"):
+            words = given.setdefault(key[2:], [value] if equals else [])
+        elif words is None or key in KEYS:
+            found.append(argument)
+        else:
+            words.append(argument)
+    lists = {key: json.dumps(words) if key == "compare" else " ".join(words) for key, words in given.items()}
+    return found + [f"{key}={text}" for key, text in lists.items()]
 
 
 def folders(text: str) -> list[Path]:

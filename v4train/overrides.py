@@ -68,12 +68,16 @@ def is_said(key: str, config: DictConfig, overrides: list[str]) -> bool:
 
 
 def check_options(arguments: Iterable[str]) -> None:
-    """Raise ConfigError for a number or null as the option of a group: Hydra 1.3's own error is one of Python's."""
+    """Raise ConfigError for what is one of Python's errors to Hydra 1.3: a number or null as the option of a group, and
+    an entry of a list that is taken away."""
     for argument in arguments:
         try:
             override = OverridesParser.create().parse_override(argument)
         except HydraException:
             continue  # no override, or one that composing refuses
+        if override.is_delete() and override.key_or_group.rpartition(".")[2].isdecimal():
+            rule = "an entry of a list can't be taken away"
+            raise ConfigError(override.key_or_group, "missing", rule, "write the whole list, key=[...]")
         if override.is_delete() or not (config_dir() / override.key_or_group).is_dir():
             continue
         value = override.value()
@@ -190,6 +194,12 @@ def explain(error: Exception, program: str = "pretrain") -> ConfigError:
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*?)'", text):
         key, values = match.groups()
         return ConfigError(key, values, "several values", f"write {key}=[{values}] for a list; -m runs each of them")
+    if match := re.match(r"Error merging override [+~]*([^=]+)=?(.*)", text):
+        key, value = match.groups()
+        rule = "it can't be set: a list has no such entry, or the value is of another kind"
+        return ConfigError(
+            key, value or "?", rule, "conf/ shows typical values; a list can be written whole, key=[...]"
+        )
     match = re.search(r"Could not override '([^']+)'", text)
     if isinstance(error, ConfigCompositionException) and match:
         key = match.group(1).partition("@")[0]

@@ -146,6 +146,18 @@ def test_passes_so_far():
     assert passes == [i / 16 for i in range(1, 33)]
 
 
+def test_passes_so_far_go_on_where_the_length_changes():
+    """What is left of a window is packed anew; what was taken of it stays taken."""
+    state, passes = None, []
+    for length in (10, 20, 40, 10):
+        packer = Packer(stream_of(documents_of([10] * 16), epochs=2), config(length), state)
+        for _ in range(40 // length):
+            assert packer.advance()
+            passes.append(packer.epoch)
+        state = saved(packer)
+    assert passes == [i / 16 for i in (1, 2, 3, 4, 6, 8, 12, 13, 14, 15, 16)]
+
+
 def text_stream(folder, lane=0, lanes=1, epochs=1):
     files = find_files(str(folder), "jsonl", name=None, split="train", retry=Retry(0))
     reading = Reading("text", 1000, Retry(0), Problems("error"))

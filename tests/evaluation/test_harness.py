@@ -11,7 +11,7 @@ from tests.runs import tiny
 from v4train.config import load
 from v4train.data import train_tokenizer
 from v4train.errors import ConfigError
-from v4train.evaluation.harness import HarnessModel, run_tasks
+from v4train.evaluation.harness import HarnessModel, check_tasks, run_tasks
 from v4train.evaluation.scores import scorer
 from v4train.model import model_config
 
@@ -149,6 +149,22 @@ def test_tasks_from_local_files(asked, tasks, monkeypatch):
         size += len(question["question"].encode())
     assert found["choose"]["acc"] == right / 2
     assert found["text"]["bits_per_byte"] == pytest.approx(nats / size / torch.tensor(2.0).log().item(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("there", "instead", "says"),
+    [("{{question}}", "{{answer.nothing.more}}", "UndefinedError"), (".jsonl", ".lost", "FileNotFoundError")],
+)
+def test_a_task_that_cannot_be_asked_is_refused_in_one_line(tasks, there, instead, says, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tasks[0] / "cache"))
+    check_tasks(["choose", "text"], str(tasks[0]), None)
+    file = tasks[0] / "choose.yaml"
+    file.write_text(file.read_text().replace(there, instead))
+    with pytest.raises(ConfigError, match=f"^tasks=choose: lm_eval can't ask them .*{says}") as error:
+        check_tasks(["choose"], str(tasks[0]), None)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_unknown_tasks_are_refused(asked, tasks):

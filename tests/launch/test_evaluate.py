@@ -142,5 +142,6 @@ def test_a_diverged_model_is_an_error(run, monkeypatch):
         return model
 
     monkeypatch.setattr(program, "load_model", broken)
-    with pytest.raises(ConfigError, match="^run=.*diverged"):
-        program.main(arguments(run))
+    for more in ([], ["tokens=0"]):
+        with pytest.raises(ConfigError, match="^run=.*diverged"):
+            program.main(arguments(run, *more))

@@ -19,6 +19,7 @@ from v4train.train.metrics import read_metrics
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 LIMIT = 120  # seconds a program may take
+RECALL = "tokens_per_pair: 10, keys: 9, values: 9, seed: 1, nearest: 5, distances: 3, text_targets: 1.0"
 
 
 def command(*overrides: str) -> list[str]:
@@ -100,11 +101,35 @@ def test_it_shows_no_warnings_of_other_libraries(finished):
 
 def test_a_finished_run_says_so_and_is_not_touched(finished, base):
     folder, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")}
-    result = pretrain(*tiny(base, "whole", "tracking.mode=offline"), cwd=base)
+    before = files_of(folder)
+    result = pretrain(*tiny(base, "whole", "guard.window=33"), cwd=base)
     assert result.returncode == 0
     assert "finished" in result.stdout and "run.overwrite=true" in result.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")}
+    assert before == files_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (["train.evaluate_every=1", "evaluation.recall_distances=[400]"], "error: evaluation.recall_distances=[400]: "),
+        (
+            [f"data.recall={{contexts: [24,400], {RECALL}}}"],
+            "error: data.recall.contexts=[24, 400]: a row has 96 tokens",
+        ),
+    ],
+)
+def test_what_only_the_data_show_to_be_bad_is_refused_before_anything_is_deleted(finished, base, bad, says):
+    folder, _ = finished
+    before = files_of(folder)
+    result = pretrain(*tiny(base, "whole"), *bad, "run.overwrite=true", cwd=base)
+    assert result.returncode == 2 and result.stderr.startswith(says) and len(result.stderr.splitlines()) == 1
+    assert before == files_of(folder)
+    result = pretrain(*tiny(base, "never"), *bad, cwd=base)
+    assert result.returncode == 2 and not (base / "never").exists()
+
+
+def files_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_a_run_killed_just_before_its_summary_gets_it_when_started_again(finished, base):

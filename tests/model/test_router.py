@@ -12,7 +12,7 @@ from tests.model.mixtures import EXPERTS, HIDDEN, TOP_K, config_of, filled, rand
 from tests.model.packings import batch_of
 from tests.models import random_model, random_tokens, tiny_config
 from v4train.model.losses import Losses
-from v4train.model.moe.balance import max_violation, sequence_balance_loss
+from v4train.model.moe.balance import max_violation, relative_loads, sequence_balance_loss
 from v4train.model.moe.router import HashRouter, ScoreRouter, affinities, balanced_table
 
 
@@ -188,7 +188,11 @@ def test_max_violation():
     assert max_violation(torch.tensor([4, 4, 4, 4])).item() == 0
     assert max_violation(torch.tensor([8, 2, 3, 3])).item() == pytest.approx(1)
     assert max_violation(torch.tensor([0, 0, 0, 12])).item() == pytest.approx(3)
-    assert max_violation(torch.tensor([0, 0])).item() == -1  # nothing counted
+    assert max_violation(torch.tensor([1, 0, 0, 0])).item() == 3  # fewer than a token an expert
+    assert max_violation(torch.tensor([0.7, 0.1, 0.1, 0.1])).item() == pytest.approx(1.8)
+    assert max_violation(torch.tensor([0, 0])).item() == 0  # nothing counted
+    loads = {"a": torch.tensor([1, 0, 0, 0]), "b": torch.tensor([0, 0])}
+    assert relative_loads(loads) == {"a": [4.0, 0.0, 0.0, 0.0], "b": [0.0, 0.0]}
 
 
 # -- loads and bias ---------------------------------------------------------------------------------------------------

@@ -32,6 +32,28 @@ def test_runs_are_grouped_by_all_but_their_seeds(paths):
     assert [[run.config["seed"] for run in group.runs] for group in groups] == [[1, 2], [1, 2]]
 
 
+def test_what_changes_no_figure_keeps_no_runs_apart(tmp_path):
+    """A sweep that was given again with further seeds, saved elsewhere and stopped at other times."""
+    kept = ["tracking.group=one", "train.stop_at_step=7", "checkpoint.every=5", "train.log_every=3"]
+    paths = [make_run(tmp_path, f"a_seed{i}", (f"seed={i}", own)) for i, own in enumerate(kept, 1)]
+    other = make_run(tmp_path, "b_seed1", ("seed=1", "guard.window=77"))
+    assert [len(group.runs) for group in groups_of([read_run(path) for path in [*paths, other]])] == [4, 1]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (1, 0, 2)])
+def test_a_diverged_group_takes_no_figure_from_the_others(tmp_path, order):
+    """Tokens are counted up to the highest loss that is a number."""
+    offsets = {"lost": math.nan, "muon": 0.0, "adamw": 0.5}
+    paths = [
+        make_run(tmp_path, name, (f"optimizer.learning_rate={i}e-3",), offset=offset)
+        for i, (name, offset) in enumerate(offsets.items(), 1)
+    ]
+    groups = groups_of([read_run(paths[i]) for i in order])
+    found = {group.name: figures for group, figures in zip(groups, group_figures(groups), strict=True)}
+    assert "tokens to 3.5000" in found["muon"] and "tokens to 3.5000" in found["adamw"]
+    assert not any(key.startswith("tokens to") for key in found["lost"])
+
+
 def test_figures_are_mean_and_deviation_over_seeds(paths):
     muon, adamw = group_figures(groups_of([read_run(path) for path in paths]))
     assert (muon["runs"], adamw["runs"]) == ("2", "2")

@@ -7,6 +7,7 @@ import pytest
 
 from tests.distributed.launch import ROOT
 from tests.report.folders import make_run
+from tools.report import without_dashes
 
 
 def run_tool(*arguments: str, cwd) -> subprocess.CompletedProcess:
@@ -22,8 +23,16 @@ def test_a_run_and_a_comparison(tmp_path):
     assert (one.returncode, one.stdout, one.stderr) == (0, "runs/sweep_a/report/index.html\n", "")
     both = run_tool("compare=[runs/sweep_*]", "out=both", cwd=tmp_path)
     assert (both.returncode, both.stdout, both.stderr) == (0, "both/index.html\n", "")
+    dashed = run_tool("--compare", "runs/sweep_*", "--out", "again", cwd=tmp_path)
+    assert (dashed.returncode, dashed.stdout, dashed.stderr) == (0, "again/index.html\n", "")
     page = (tmp_path / "both" / "index.html").read_text()
     assert "<title>2 runs</title>" in page and "sweep_a" in page and "sweep_b" in page
+
+
+def test_dashes():
+    words = ["--compare", "a_seed=1", "b, c", "out=x", "--run=r"]
+    assert without_dashes(words) == ["out=x", 'compare=["a_seed=1", "b, c"]', "run=r"]
+    assert without_dashes(["compare=[a,b]", "out=x"]) == ["compare=[a,b]", "out=x"]
 
 
 def test_a_pattern_leaves_out_folders_that_hold_no_run(tmp_path):
@@ -38,7 +47,18 @@ def test_a_pattern_leaves_out_folders_that_hold_no_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [["run=nowhere"], ["compare=[nowhere]"], ["compare=[no*]"], [], ["rum=x"], ["compare=[a"], ["compare=[]"]]
+    "bad",
+    [
+        ["run=nowhere"],
+        ["compare=[nowhere]"],
+        ["compare=[no*]"],
+        [],
+        ["rum=x"],
+        ["compare=[a"],
+        ["compare=[]"],
+        ["--compare"],
+        ["--rum", "x"],
+    ],
 )
 def test_bad_input_is_one_line_and_code_2(bad, tmp_path):
     result = run_tool(*bad, cwd=tmp_path)

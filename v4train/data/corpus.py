@@ -21,7 +21,7 @@ from v4train.data.files import Retry, find_files
 from v4train.data.mixture import Mixture
 from v4train.data.packing import PACKINGS, shuffled
 from v4train.data.problems import POLICIES, Problems
-from v4train.data.recall_stream import RecallSourceConfig, RecallStream
+from v4train.data.recall_stream import RecallSourceConfig, RecallStream, recall_tasks
 from v4train.data.records import Reading, read_records
 from v4train.data.shards import INDEX, Shards, document_hash, held_out
 from v4train.data.sources import SOURCES, Document, Documents, find_documents
@@ -164,12 +164,18 @@ def _check_source(key: str, config: SourceConfig) -> None:
 
 
 def load_data(
-    data: DataConfig, tokenizer_config: TokenizerConfig, validation_tokens: int = 0
+    data: DataConfig, tokenizer_config: TokenizerConfig, validation_tokens: int = 0, lengths: Iterable[int] = ()
 ) -> tuple[Tokenizer, Corpus]:
     """What a run needs: the tokenizer and the sources, tokens from the cache or made there.
 
-    Any number of processes may call it at once: one works, the others wait. `validation_tokens`: about how many a run
-    validates on, which are all that streamed sources hold ready; 0: all. Raises ConfigError (data.*, tokenizer.*).
+    Any number of processes may call it at once: one works, the others wait.
+
+    Args:
+        validation_tokens: about how many a run validates on, which are all that streamed sources hold ready; 0: all.
+        lengths: tokens of the rows that are to be made of the sources.
+
+    Raises:
+        ConfigError: (data.*, tokenizer.*) files that can't be read, or what rows of these lengths have no room for.
     """
     configs = data.named_sources
     tokenizer = find_tokenizer(tokenizer_config, configs)
@@ -177,13 +183,21 @@ def load_data(
         rule = "the tokenizer has no tokens for fill-in-middle"
         raise ConfigError("data.fim_rate", data.fim_rate, rule, "use data.fim_rate=0 or another tokenizer")
     share = -(-validation_tokens // len(configs))
-    sources = {
-        name: _open(name, config, tokenizer, tokenizer_config.cache_dir, share) for name, config in configs.items()
-    }
-    return tokenizer, Corpus(sources)
+    opened = (tokenizer, tokenizer_config.cache_dir, share, tuple(lengths))
+    sources = {name: _open(name, config, *opened) for name, config in configs.items()}
+    corpus = Corpus(sources)
+    corpus.check_lanes(data.lanes or corpus.default_lanes)
+    return tokenizer, corpus
 
 
-def _open(name: str, config: SourceConfig, tokenizer: Tokenizer, cache_dir: str, validation_tokens: int) -> Source:
+def _open(
+    name: str,
+    config: SourceConfig,
+    tokenizer: Tokenizer,
+    cache_dir: str,
+    validation_tokens: int,
+    lengths: tuple[int, ...],
+) -> Source:
     if config.source == SHARDS:
         return _open_shards(name, config, tokenizer, validation_tokens)
     if config.source in STREAMED:
@@ -192,6 +206,8 @@ def _open(name: str, config: SourceConfig, tokenizer: Tokenizer, cache_dir: str,
     train, validation, fingerprint = tokenized(documents, tokenizer, cache_dir)
     if config.recall is not None:
         recall = structured(RecallSourceConfig, config.recall, "data.recall")
+        for length in lengths:
+            recall_tasks(train, tokenizer, recall, length)  # it may refuse
 
         def rows(lane: Lane) -> Stream:
             return RecallStream(train, tokenizer, recall, lane)

@@ -68,7 +68,8 @@ class Packer:
         self._windows: list[Window] = []
         self._rows: list[list[Piece]] | None = None  # that are left, the next one last; None: to be made from the state
         self._row: list[Piece] = []
-        self._begun, self._planned = 0.0, 1  # epochs before the windows at hand, and their rows
+        self._begun = 0.0  # epochs before the windows at hand
+        self._share, self._planned = 1.0, 1  # of these windows' tokens what was packed last, and in how many rows
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -78,7 +79,7 @@ class Packer:
     @property
     def epoch(self) -> float:
         """Passes over the documents so far."""
-        left = len(self._rows) / self._planned if self._rows else 0
+        left = self._share * len(self._rows) / self._planned if self._rows else 0
         return self._stream.epoch - (self._stream.epoch - self._begun) * left
 
     def advance(self) -> bool:
@@ -107,8 +108,9 @@ class Packer:
         rows: list[list[Piece]] = []
         for length, taken in self.state.parts:
             rows = self._packed(rejoined(piece for row in rows for piece in row), length)
-            self._planned = len(rows)
+            packed_last, self._planned = sum(piece.size for row in rows for piece in row), max(1, len(rows))
             del rows[len(rows) - taken :]
+        self._share = packed_last / max(1, sum(int(window.lengths.sum()) for window in self._windows))
         self._rows = rows
 
     def _packed(self, pieces: list[Piece], length: int) -> list[list[Piece]]:

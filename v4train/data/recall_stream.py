@@ -55,6 +55,31 @@ class _Rows:
         return ~self.trained[document][start:stop]
 
 
+def recall_tasks(
+    documents: Documents, tokenizer: Tokenizer, config: RecallSourceConfig, length: int
+) -> dict[int, RecallTask]:
+    """By length, those of the contexts in rows of `length` tokens.
+
+    Raises ConfigError: contexts or pairs that don't fit, or a tokenizer with too few tokens.
+    """
+    lengths = config.contexts or [length]
+    if max(lengths) > length:
+        rule = f"a row has {length} tokens"
+        raise ConfigError("data.recall.contexts", lengths, rule, "use shorter ones, or a longer row")
+    return {own: _task(documents, tokenizer, config, own) for own in set(lengths)}
+
+
+def _task(documents: Documents, tokenizer: Tokenizer, config: RecallSourceConfig, length: int) -> RecallTask:
+    farthest = length - 1 - statement_width(tokenizer)
+    if farthest < config.nearest:
+        rule = f"its last value can be {farthest} tokens from the first, and data.recall.nearest={config.nearest}"
+        raise ConfigError("data.recall.contexts", length, rule, "use longer contexts")
+    pairs = min(config.keys, max(1, length // config.tokens_per_pair))
+    sizes = {"pairs": pairs, "keys": config.keys, "values": config.values}
+    distances = config.spread(farthest)
+    return RecallTask(documents, tokenizer, length, config.seed, distances=distances, key="data.recall.", **sizes)
+
+
 class RecallStream:
     """Contexts as documents, those of row number n all as long, as many as a row holds.
 
@@ -70,12 +95,9 @@ class RecallStream:
         self.position = position
 
     def window(self, length: int) -> Window:
-        """The next rows. Raises ConfigError: contexts or pairs that don't fit, or a tokenizer with too few tokens."""
+        """The next rows. Raises ConfigError, as `recall_tasks`."""
+        tasks = recall_tasks(self._documents, self._tokenizer, self._config, length)
         lengths = self._config.contexts or [length]
-        if max(lengths) > length:
-            rule = f"a row has {length} tokens"
-            raise ConfigError("data.recall.contexts", lengths, rule, "use shorter ones, or a longer row")
-        tasks = {own: self._task(own) for own in set(lengths)}
         first, most = self.position[0], length // min(lengths)
         numbers = range(first, first + LEAST_ROWS * self._lane.count, self._lane.count)
         documents, trained = [], []
@@ -88,19 +110,6 @@ class RecallStream:
                 trained.append(self._trained(row, each))
         self.position = [first + len(numbers) * self._lane.count]
         return _Rows((self._lane.source, first), documents, trained, np.array([len(own) for own in documents]))
-
-    def _task(self, length: int) -> RecallTask:
-        config, tokenizer = self._config, self._tokenizer
-        farthest = length - 1 - statement_width(tokenizer)
-        if farthest < config.nearest:
-            rule = f"its last value can be {farthest} tokens from the first, and data.recall.nearest={config.nearest}"
-            raise ConfigError("data.recall.contexts", length, rule, "use longer contexts")
-        pairs = min(config.keys, max(1, length // config.tokens_per_pair))
-        sizes = {"pairs": pairs, "keys": config.keys, "values": config.values}
-        distances = config.spread(farthest)
-        return RecallTask(
-            self._documents, tokenizer, length, config.seed, distances=distances, key="data.recall.", **sizes
-        )
 
     def _trained(self, row: RecallRow, number: int) -> np.ndarray:
         """Repeated values, and a share of all else."""

@@ -5,7 +5,7 @@ Import it only where tasks are asked for: lm_eval takes seconds to import.
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from v4train.model import Transformer
 try:
     from lm_eval import evaluator
     from lm_eval.api.instance import Instance
-    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.model import LM, TemplateLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
@@ -123,8 +123,36 @@ def _padded(row: Row, length: int, pad_id: int) -> Row:
     return Row(*(np.concatenate(pair) for pair in zip(row, padding, strict=True)))
 
 
+class _Anyhow(LM):
+    """Answers without a look at the questions."""
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return [(0.0, True) for _ in requests]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        return [0.0 for _ in requests]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return ["" for _ in requests]
+
+
+def check_tasks(names: list[str], folder: str | None, few_shot: int | None) -> None:
+    """Ask the first question of each, without a model; arguments as of `run_tasks`.
+
+    Raises:
+        ConfigError: a name that isn't known, or a task that can't be loaded or asked.
+    """
+    try:
+        run_tasks(_Anyhow(), names, folder, few_shot, 1)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever comes from a task's file, from its data or from code of its own
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError("tasks", ",".join(names), f"lm_eval can't ask them ({text})", "mend their files") from error
+
+
 def run_tasks(
-    model: HarnessModel, names: Iterable[str], folder: str | None, few_shot: int | None, limit: int | None
+    model: LM, names: list[str], folder: str | None, few_shot: int | None, limit: int | None
 ) -> dict[str, dict[str, float]]:
     """{task: {metric: value}}; names of metrics as lm_eval gives them, standard errors as `<metric>_stderr`.
 
@@ -133,7 +161,7 @@ def run_tasks(
         folder: of task files; None for those that lm_eval comes with.
 
     Raises:
-        ConfigError: a name that isn't known, or a task that can't be loaded.
+        ConfigError: a name that isn't known.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -146,7 +174,7 @@ def run_tasks(
     with torch.no_grad():
         found = evaluator.simple_evaluate(
             model,
-            tasks=list(names),
+            tasks=names,
             task_manager=manager,
             num_fewshot=few_shot,
             limit=limit,

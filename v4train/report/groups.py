@@ -7,10 +7,14 @@ from functools import cached_property
 
 import numpy as np
 
-from v4train.report.differences import NAMES, leaves
+from v4train.report.differences import leaves
 from v4train.report.runs import Curve, Run
 
 SEEDS = ("seed", "model.init.seed")
+BOOKKEEPING = re.compile(  # keys of the configuration that no figure depends on
+    r"run\.|tracking\.|checkpoint\.(?!resume)|tokenizer\.cache_dir"
+    r"|train\.(stop_at_step|max_minutes|hang_timeout|profile|sample_\w+|log_every)$"
+)
 LAST_SHARE = 0.1  # of a run, over which its closing `max_violation` is averaged
 
 
@@ -54,11 +58,13 @@ class Group:
 
 
 def groups_of(runs: list[Run]) -> list[Group]:
-    """The runs by their configuration but for names and seeds, in the order of each one's first."""
+    """The runs by their configuration but for seeds and what changes no figure, in the order of each one's first."""
     found: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         own = leaves(run.config)
-        found[repr({key: value for key, value in own.items() if key not in (*NAMES, *SEEDS)})].append(run)
+        found[repr({key: value for key, value in own.items() if not (key in SEEDS or BOOKKEEPING.match(key))})].append(
+            run
+        )
     return [Group(re.sub(r"[_,-]?seed=?\d+", "", of[0].name) or of[0].name, of) for of in found.values()]
 
 
@@ -87,7 +93,7 @@ def group_figures(groups: list[Group]) -> list[dict[str, str]]:
     The loss that tokens are counted up to is the mean final one of the group that ends highest: all others get there.
     """
     losses = [group.final_losses.mean() for group in groups if len(group.final_losses)]
-    level = max(losses, default=None)
+    level = max(filter(np.isfinite, losses), default=None)
     return [dict(_figures(group, level)) for group in groups]
 
 

@@ -15,12 +15,12 @@ from v4train.analysis.parameters import parameter_counts
 from v4train.analysis.step_time import bubble_fraction, traffic_per_rank
 from v4train.analysis.work import Work
 from v4train.config import Settings
-from v4train.data import Batch, BatchConfig, Loader, load_data
+from v4train.data import Batch, BatchConfig, Loader
 from v4train.estimation import read_layout
 from v4train.model import build_model
 from v4train.parallel.layout import Layout
 from v4train.train.distributed import all_max, all_sum
-from v4train.train.evaluation import check_evaluation
+from v4train.train.evaluation import find_data
 from v4train.train.phases import Stage
 from v4train.train.progress import setup_logging, start_table
 
@@ -41,8 +41,7 @@ def dry_run(settings: Settings) -> dict[str, float]:
     layout = Layout(model, topology, train.sequence_length)
     here = sum(model.get_parameter(name).numel() for name in layout.names)
     figures = {"parameters_of_fullest_rank": all_max(float(here), topology.device), **planned(settings, stage, work)}
-    tokenizer, corpus = load_data(settings.data, settings.tokenizer, train.validation_tokens)
-    check_evaluation(settings, corpus, tokenizer)
+    tokenizer, corpus = find_data(settings)
     first = settings.plan.at(0)
     sizes = (first.global_batch_size, settings.micro_batch(first), topology.index("data"), topology.sizes.data)
     loader = Loader(corpus, settings.data, tokenizer, first.sequence_length, BatchConfig(*sizes), settings.seed)

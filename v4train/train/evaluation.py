@@ -15,11 +15,18 @@ from v4train.train.distributed import all_sum_tensor
 from v4train.train.phases import Stage
 
 
-def check_evaluation(settings: Settings, corpus: Corpus, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError for a recall task that doesn't fit the shortest rows, or the tokenizer."""
+def find_data(settings: Settings) -> tuple[Tokenizer, Corpus]:
+    """What a run trains on and is measured by.
+
+    Raises:
+        ConfigError: (data.*, tokenizer.*, evaluation.*) it can't be read, or a recall task doesn't fit the rows of some
+            phase, or the tokenizer.
+    """
+    lengths = {phase.sequence_length for phase in settings.plan.phases}
+    tokenizer, corpus = load_data(settings.data, settings.tokenizer, settings.train.validation_tokens, lengths)
     if settings.train.evaluate_every:
-        shortest = min(phase.sequence_length for phase in settings.plan.phases)
-        recall_task(settings.evaluation, corpus, tokenizer, shortest)
+        recall_task(settings.evaluation, corpus, tokenizer, min(lengths))
+    return tokenizer, corpus
 
 
 class Evaluation:

@@ -3,8 +3,10 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from v4train import durable
 from v4train.analysis.parameters import parameter_counts
 from v4train.config import Settings
-from v4train.data import Source, load_data
+from v4train.data import Corpus, Source, Tokenizer
 from v4train.errors import ConfigError
 from v4train.model import build_model
 from v4train.model.compiled import compile_model
@@ -28,7 +30,7 @@ from v4train.train.allocator import keep_freed_memory
 from v4train.train.deterministic import make_deterministic
 from v4train.train.distributed import gathered
 from v4train.train.dry_run import dry_run
-from v4train.train.evaluation import check_evaluation
+from v4train.train.evaluation import find_data
 from v4train.train.heartbeat import Heartbeat
 from v4train.train.lost_ranks import give_up, is_lost_peer
 from v4train.train.metrics import write_summary
@@ -41,6 +43,7 @@ from v4train.train.tracking import Tracker
 from v4train.train.trainer import Trainer
 
 logger = logging.getLogger("v4train")
+T = TypeVar("T")
 
 
 def pretrain(settings: Settings) -> dict[str, float]:
@@ -72,9 +75,9 @@ def run(settings: Settings) -> dict[str, float]:
     minutes = settings.train.max_minutes
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     directory = RunDirectory(settings.run.dir)
-    start = _agree_on_start(directory, settings)
-    setup_logging(directory.path, settings.topology.rank)
-    heartbeat = Heartbeat(directory.heartbeat, settings.topology.rank, settings.topology.world_size)
+    rank, launch = settings.topology.rank, launch_name(os.environ)
+    setup_logging(None, rank)
+    start, overwrite = _on_first_rank(settings, lambda: _find_start(directory, settings, launch))
     reader = checkpoint.Reader(start) if start else None
     if reader and reader.manifest["step"] >= settings.plan.total_steps and directory.summary.is_file():
         logger.info(
@@ -84,8 +87,12 @@ def run(settings: Settings) -> dict[str, float]:
             directory.path,
         )
         return reader.manifest["state"]["validation"]
+    data = find_data(settings)  # it may refuse: nothing was touched so far
+    _on_first_rank(settings, lambda: directory.prepare(overwrite, settings.resolved, launch))
+    setup_logging(directory.path, rank)
+    heartbeat = Heartbeat(directory.heartbeat, rank, settings.topology.world_size)
     heartbeat.beat(reader.manifest["step"] if reader else 0, "starting")
-    trainer = make_trainer(settings, directory, reader, heartbeat, deadline)
+    trainer = make_trainer(settings, data, directory, reader, heartbeat, deadline)
     _show_start(trainer, start, time.perf_counter() - started)
     try:
         trainer.fit()
@@ -101,44 +108,47 @@ def run(settings: Settings) -> dict[str, float]:
     return figures
 
 
-def _agree_on_start(directory: RunDirectory, settings: Settings) -> Path | None:
-    """Rank 0 looks at the run directory and prepares it; all ranks get its answer, or its error."""
+def _on_first_rank(settings: Settings, work: Callable[[], T]) -> T:
+    """What rank 0 gets from work on the run directory; all ranks get its answer, or its error."""
     answer: list[object] = [None]
     if settings.topology.rank == 0:
         try:
-            launch = launch_name(os.environ)
-            again = restarts(os.environ) > 0 and directory.begun_by(launch)
-            overwrite = settings.run.overwrite and not again
-            start = answer[0] = directory.find_start(settings.checkpoint.resume, overwrite, settings.resolved, again)
-            if start:
-                manifest = checkpoint.read_manifest(start)
-                settings.plan.check_continues(manifest["step"], manifest["state"].get("history"))
-            directory.prepare(overwrite, settings.resolved, launch)
+            answer[0] = work()
         except ConfigError as error:
             answer[0] = error
         except OSError as error:
             rule = f"it can't be written ({error.strerror})"
-            answer[0] = ConfigError("run.dir", directory.path, rule, "name a folder that can")
+            answer[0] = ConfigError("run.dir", settings.run.dir, rule, "name a folder that can")
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]
 
 
+def _find_start(directory: RunDirectory, settings: Settings, launch: str | None) -> tuple[Path | None, bool]:
+    """The checkpoint to start from, and whether what the folder holds goes. Writes nothing."""
+    again = restarts(os.environ) > 0 and directory.begun_by(launch)
+    overwrite = settings.run.overwrite and not again
+    start = directory.find_start(settings.checkpoint.resume, overwrite, settings.resolved, again)
+    if start:
+        manifest = checkpoint.read_manifest(start)
+        settings.plan.check_continues(manifest["step"], manifest["state"].get("history"))
+    return start, overwrite
+
+
 def make_trainer(
     settings: Settings,
+    data: tuple[Tokenizer, Corpus],
     directory: RunDirectory,
     reader: checkpoint.Reader | None,
     heartbeat: Heartbeat,
     deadline: float | None,
 ) -> Trainer:
-    topology, train = settings.topology, settings.train
+    (tokenizer, corpus), topology, train = data, settings.topology, settings.train
     if topology.device.type == "cpu":
         keep_freed_memory()
         if settings.precision == "bf16" and not has_fast_bf16():
             logger.warning("precision=bf16: this CPU has no bf16 instructions, so products are slower than with fp32")
-    tokenizer, corpus = load_data(settings.data, settings.tokenizer, train.validation_tokens)
-    check_evaluation(settings, corpus, tokenizer)
     with torch.device("meta"):
         model = build_model(settings.model)
     layout = Layout(model, topology, train.sequence_length)

@@ -7,6 +7,7 @@ table, the bar); such a record is marked as drawn and only log.txt takes it.
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,10 @@ logger = logging.getLogger("v4train")
 def setup_logging(run_dir: str | Path | None, rank: int) -> None:
     """Point the `v4train` logger of this process somewhere; called again, it replaces what it set up before.
 
-    Rank 0 writes everything to standard output and to `<run_dir>/log.txt`, appending, unless there is no folder; the
-    others only warnings and errors, to standard error.
+    Rank 0 writes everything to standard output and to `<run_dir>/log.txt`, appending, with what it said while there was
+    no folder yet; the others only warnings and errors, to standard error.
     """
+    early = [record for handler in logger.handlers if isinstance(handler, _Kept) for record in handler.records]
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
@@ -39,11 +41,14 @@ def setup_logging(run_dir: str | Path | None, rank: int) -> None:
         return
     logger.addHandler(_ConsoleHandler())
     if run_dir is None:
+        logger.addHandler(_Kept())
         return
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     log_file = _LogFile(Path(run_dir) / "log.txt", encoding="utf-8")
     log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(log_file)
+    for record in early:
+        log_file.handle(record)
 
 
 def start_table(rows: list[tuple[str, str]], title: str) -> None:
@@ -155,6 +160,17 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
+
+
+class _Kept(logging.Handler):
+    """The last records, for a file that there is no folder for yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: deque[logging.LogRecord] = deque(maxlen=1000)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 class _ConsoleHandler(logging.Handler):

@@ -218,7 +218,7 @@ class Trainer:
             "max_violation_by_layer": by_layer,
             "phase": self.stage.index,
             "phase_name": self.stage.name,
-            "attention_mode": self.model.attention_mode,
+            "attention_mode": self.stage.attention_mode,
             "sequence_length": self.stage.sequence_length,
             "global_batch_size": self.stage.global_batch_size,
             "data_tokens": dict(progress.by_source),

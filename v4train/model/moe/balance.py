@@ -39,11 +39,15 @@ def sequence_balance_loss(scores: Tensor, top_k: int, valid: Tensor, sequence: S
 def max_violation(load: Tensor) -> Tensor:
     """max_e load_e / mean load - 1, the imbalance of one layer (arXiv 2408.15664): [E] -> scalar fp32."""
     load = load.float()
-    return load.max() / load.mean().clamp(min=1) - 1
+    return load.max() / _mean(load) - (load.sum() > 0).float()
 
 
 def relative_loads(loads: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """Load of each expert over the mean of its layer, to three decimals, for the log: [E] by router's name."""
-    return {
-        name: [round(x, 3) for x in (load / load.float().mean().clamp(min=1)).tolist()] for name, load in loads.items()
-    }
+    return {name: [round(x, 3) for x in (load / _mean(load.float())).tolist()] for name, load in loads.items()}
+
+
+def _mean(load: Tensor) -> Tensor:
+    """Of the experts; 1 where none has any."""
+    mean = load.mean()
+    return torch.where(mean > 0, mean, 1.0)
