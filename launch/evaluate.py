@@ -68,9 +68,9 @@ def main(arguments: list[str]) -> None:
     config = read_arguments(arguments)
     if config.tasks:
         from v4train.evaluation import harness  # first: it may be missing
-
-        harness.check_tasks(config.tasks, config.task_path, config.few_shot)
     directory, path = find_checkpoint(config.run)
+    if config.tasks:
+        harness.check_tasks(config.tasks, config.task_path, config.few_shot)
     manifest = read_manifest(path)
     trained = manifest["state"]["config"]
     length = config.sequence_length or trained_length(manifest["state"])

@@ -44,19 +44,23 @@ def main(arguments: list[str]) -> None:
 
 
 def without_dashes(arguments: list[str]) -> list[str]:
-    """`--compare a b --out c` as key=value, which other arguments are already."""
+    """`--compare a b --out c` as key=value, which other arguments are already. Raises ConfigError."""
     found, words = [], None
     given: dict[str, list[str]] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key.startswith("--"):
-            words = given.setdefault(key[2:], [value] if equals else [])
+            words = given.setdefault(key[2:], [])
+            words += [value] if equals else []
         elif words is None or key in KEYS:
             found.append(argument)
         else:
             words.append(argument)
-    lists = {key: json.dumps(words) if key == "compare" else " ".join(words) for key, words in given.items()}
-    return found + [f"{key}={text}" for key, text in lists.items()]
+    for key, words in given.items():
+        if key != "compare" and len(words) != 1:
+            raise ConfigError(f"--{key}", " ".join(words) or "missing", "one folder is wanted", f"give --{key} DIR")
+        found.append(f"{key}={json.dumps(words) if key == 'compare' else words[0]}")
+    return found
 
 
 def folders(text: str) -> list[Path]:

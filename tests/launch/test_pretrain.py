@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,60 @@ def test_what_only_the_data_show_to_be_bad_is_refused_before_anything_is_deleted
     assert before == files_of(folder)
     result = pretrain(*tiny(base, "never"), *bad, cwd=base)
     assert result.returncode == 2 and not (base / "never").exists()
+
+
+BAD_ON_RANK_1 = """
+import os, sys
+from v4train.config import load, settings
+from v4train.errors import ConfigError
+from v4train.train import pretrain
+
+def refusing(settings):
+    raise ConfigError("data.path", "/far", "it isn't mounted here", "mount it")
+
+if os.environ["RANK"] == "1":
+    pretrain.find_data = refusing
+try:
+    pretrain.pretrain(settings(load(sys.argv[1:])))
+except ConfigError as error:
+    print(f"rank {os.environ['RANK']}: {error}")
+"""
+
+
+def test_what_one_rank_refuses_all_do_before_anything_is_deleted(finished, base, tmp_path):
+    folder, _ = finished
+    before = files_of(folder)
+    program = tmp_path / "program.py"
+    program.write_text(BAD_ON_RANK_1)
+    launched = [sys.executable, "-m", "v4train.launching.ranks", "2", str(program)]
+    result = subprocess.run(
+        [*launched, *tiny(base, "whole"), "run.overwrite=true"],
+        cwd=base,
+        env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    said = [f"rank {rank}: data.path=/far: it isn't mounted here; mount it" for rank in (0, 1)]
+    assert sorted(line for line in result.stdout.splitlines() if line.startswith("rank")) == said, result.stderr
+    assert before == files_of(folder)
+
+
+def test_a_checkpoint_of_other_data_is_refused_before_anything_is_deleted(finished, base):
+    """Only the documents tell: the configuration is the same."""
+    folder, _ = finished
+    shutil.copytree(folder, base / "copy")
+    before = files_of(base / "copy")
+    file = base / "corpus" / "00.txt"
+    text = file.read_text()
+    file.write_text("other text than before\n" * 20)
+    try:
+        result = pretrain(*tiny(base, "copy", "run.overwrite=true", f"checkpoint.resume={folder}"), cwd=base)
+    finally:
+        file.write_text(text)
+    assert result.returncode == 2 and "the saved data position belongs to corpus=" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert before == files_of(base / "copy")
 
 
 def files_of(folder):

@@ -32,6 +32,7 @@ def test_a_run_and_a_comparison(tmp_path):
 def test_dashes():
     words = ["--compare", "a_seed=1", "b, c", "out=x", "--run=r"]
     assert without_dashes(words) == ["out=x", 'compare=["a_seed=1", "b, c"]', "run=r"]
+    assert without_dashes(["--compare=a", "--compare", "b"]) == ['compare=["a", "b"]']
     assert without_dashes(["compare=[a,b]", "out=x"]) == ["compare=[a,b]", "out=x"]
 
 
@@ -58,6 +59,8 @@ def test_a_pattern_leaves_out_folders_that_hold_no_run(tmp_path):
         ["compare=[]"],
         ["--compare"],
         ["--rum", "x"],
+        ["--run"],
+        ["--compare", "a", "--out", "b", "c"],
     ],
 )
 def test_bad_input_is_one_line_and_code_2(bad, tmp_path):

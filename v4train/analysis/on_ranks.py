@@ -16,8 +16,8 @@ TIME_LIMIT = 300  # seconds
 
 def on_ranks(program: Sequence[str], ranks: int) -> tuple[list[str], dict[str, str]]:
     """Command and environment of a Python program on `ranks` ranks, which share out the cores (or OMP_NUM_THREADS)."""
-    launcher = ["-m", "v4train.launching.ranks", str(ranks)] if ranks > 1 else []
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // ranks
+    launcher = ["-m", "v4train.launching.ranks", str(ranks)]
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))) // ranks
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads))}
     return [sys.executable, *launcher, *program], tuned_environment(environment)
 

@@ -2,7 +2,7 @@
 
 from v4train.data.config import DataConfig, SourceConfig
 from v4train.data.corpus import Corpus, Source, TokenizedDocuments, check_data, load_data
-from v4train.data.loader import Batch, BatchConfig, EndOfData, Loader, merged_states
+from v4train.data.loader import Batch, BatchConfig, EndOfData, Loader, check_position, merged_states
 from v4train.data.problems import DataError
 from v4train.data.sources import Document, Documents, find_documents
 from v4train.data.statistics import target_bytes, target_counts, unigram_entropy
@@ -25,6 +25,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "check_data",
+    "check_position",
     "find_documents",
     "load_data",
     "merged_states",

@@ -139,6 +139,22 @@ class Step(NamedTuple):
     counts: Counter
 
 
+def _sequence(corpus: Corpus, data: DataConfig, seed: int) -> dict[str, Any]:
+    """What the sequence of rows depends on."""
+    lanes = data.lanes or corpus.default_lanes
+    recipe = f"lanes {lanes}, {data.packing}, fill-in-middle {data.fim_rate}"
+    return {"corpus": corpus.fingerprint, "seed": seed, "recipe": recipe}
+
+
+def check_position(state: dict[str, Any], corpus: Corpus, data: DataConfig, seed: int) -> None:
+    """Raise ConfigError where what follows a loader's saved `state` would be other rows than before."""
+    for name, mine in _sequence(corpus, data, seed).items():
+        if state[name] != mine:
+            rule = f"the saved data position belongs to {name}={state[name]}"
+            remedy = "resume with the data, tokenizer and seed it was saved with, or start another run"
+            raise ConfigError("seed" if name == "seed" else "data", mine, rule, remedy)
+
+
 class Loader:
     """This rank's share of the global sequence of rows, which is the same for any number of ranks and workers.
 
@@ -293,9 +309,7 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """The position as this rank knows it; those of all ranks together are a run's, by `merged_states`."""
         return {
-            "corpus": self.corpus.fingerprint,
-            "seed": self.seed,
-            "recipe": self._recipe(),
+            **_sequence(self.corpus, self.data, self.seed),
             "progress": vars(self.progress) | {"by_source": dict(self.progress.by_source)},
             "lanes": {str(lane): state for lane, state in self._states.items()},
             "gaps": [list(gap) for gap in self._gaps],
@@ -306,22 +320,13 @@ class Loader:
 
         Raises ConfigError where its rows would be other rows.
         """
-        mine = self.state_dict()
-        for name, key in {"corpus": "data", "seed": "seed", "recipe": "data"}.items():
-            if state[name] != mine[name]:
-                rule = f"the saved data position belongs to {name}={state[name]}"
-                remedy = "resume with the data, tokenizer and seed it was saved with, or start another run"
-                raise ConfigError(key, mine[name], rule, remedy)
+        check_position(state, self.corpus, self.data, self.seed)
         self.close()
         progress = dict(state["progress"])
         self.progress = Progress(**progress | {"by_source": Counter(progress["by_source"])})
         self._states = {int(lane): own for lane, own in state["lanes"].items()}
         self._epochs = {}
         self._gaps = [list(gap) for gap in state.get("gaps", [])]  # absent: saved by an older version
-
-    def _recipe(self) -> str:
-        """What the sequence of rows depends on beside documents and seed."""
-        return f"lanes {self.num_lanes}, {self.data.packing}, fill-in-middle {self.data.fim_rate}"
 
     def _step(self, first: int) -> Step:
         """Of the step that begins with row `first`."""

@@ -123,32 +123,39 @@ def _padded(row: Row, length: int, pad_id: int) -> Row:
     return Row(*(np.concatenate(pair) for pair in zip(row, padding, strict=True)))
 
 
-class _Anyhow(LM):
-    """Answers without a look at the questions."""
+class _Asked(Exception):
+    """All questions are there."""
+
+
+class _Asking(LM):
+    """Has no answers: lm_eval has made the requests of all tasks when it comes for the first one."""
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return [(0.0, True) for _ in requests]
+        raise _Asked
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        return [0.0 for _ in requests]
+        raise _Asked
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return ["" for _ in requests]
+        raise _Asked
 
 
 def check_tasks(names: list[str], folder: str | None, few_shot: int | None) -> None:
-    """Ask the first question of each, without a model; arguments as of `run_tasks`.
+    """Make the first request of each, without a model; arguments as of `run_tasks`.
 
     Raises:
         ConfigError: a name that isn't known, or a task that can't be loaded or asked.
     """
     try:
-        run_tasks(_Anyhow(), names, folder, few_shot, 1)
+        run_tasks(_Asking(), names, folder, few_shot, 1)
+    except _Asked:
+        return
     except ConfigError:
         raise
     except Exception as error:  # whatever comes from a task's file, from its data or from code of its own
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError("tasks", ",".join(names), f"lm_eval can't ask them ({text})", "mend their files") from error
+        remedy = "mend their files, or see that their data can be read"
+        raise ConfigError("tasks", ",".join(names), f"lm_eval can't ask them ({text})", remedy) from error
 
 
 def run_tasks(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from v4train import durable
 from v4train.analysis.parameters import parameter_counts
 from v4train.config import Settings
-from v4train.data import Corpus, Source, Tokenizer
+from v4train.data import Corpus, Source, Tokenizer, check_position
 from v4train.errors import ConfigError
 from v4train.model import build_model
 from v4train.model.compiled import compile_model
@@ -77,9 +77,11 @@ def run(settings: Settings) -> dict[str, float]:
     directory = RunDirectory(settings.run.dir)
     rank, launch = settings.topology.rank, launch_name(os.environ)
     setup_logging(None, rank)
-    start, overwrite = _on_first_rank(settings, lambda: _find_start(directory, settings, launch))
+    begin = _on_first_rank(settings, lambda: _find_start(directory, settings, launch))
+    start = begin.checkpoint
     reader = checkpoint.Reader(start) if start else None
-    if reader and reader.manifest["step"] >= settings.plan.total_steps and directory.summary.is_file():
+    ended = reader and reader.manifest["step"] >= settings.plan.total_steps and directory.summary.is_file()
+    if ended and begin.continues:
         logger.info(
             "run %s is finished at step %d: %s\nto start anew: run.overwrite=true, or another run.name=",
             settings.run.name,
@@ -87,11 +89,14 @@ def run(settings: Settings) -> dict[str, float]:
             directory.path,
         )
         return reader.manifest["state"]["validation"]
-    data = find_data(settings)  # it may refuse: nothing was touched so far
-    _on_first_rank(settings, lambda: directory.prepare(overwrite, settings.resolved, launch))
-    setup_logging(directory.path, rank)
     heartbeat = Heartbeat(directory.heartbeat, rank, settings.topology.world_size)
-    heartbeat.beat(reader.manifest["step"] if reader else 0, "starting")
+    step = reader.manifest["step"] if reader else 0
+    if begin.continues:
+        heartbeat.beat(step, "starting")
+    data = _data_of_all_ranks(settings, reader)
+    _on_first_rank(settings, lambda: _prepare(directory, settings, launch, begin))
+    setup_logging(directory.path, rank)
+    heartbeat.beat(step, "starting")
     trainer = make_trainer(settings, data, directory, reader, heartbeat, deadline)
     _show_start(trainer, start, time.perf_counter() - started)
     try:
@@ -106,6 +111,29 @@ def run(settings: Settings) -> dict[str, float]:
         raise
     heartbeat.beat(trainer.step, "finished" if trainer.finished else "stopped")
     return figures
+
+
+class _Begin(NamedTuple):
+    """What a run begins with. overwrite: whether what its folder holds goes; continues: whether it goes on instead."""
+
+    checkpoint: Path | None
+    overwrite: bool
+    continues: bool
+
+
+def _data_of_all_ranks(settings: Settings, reader: checkpoint.Reader | None) -> tuple[Tokenizer, Corpus]:
+    """Nothing was touched so far: what one rank refuses, all do."""
+    data, problem = None, None
+    try:
+        data = find_data(settings)
+        if reader:
+            check_position(reader.manifest["state"]["loader"], data[1], settings.data, settings.seed)
+    except ConfigError as error:
+        problem = error
+    for error in gathered(problem):
+        if error is not None:
+            raise error
+    return data
 
 
 def _on_first_rank(settings: Settings, work: Callable[[], T]) -> T:
@@ -125,15 +153,23 @@ def _on_first_rank(settings: Settings, work: Callable[[], T]) -> T:
     return answer[0]
 
 
-def _find_start(directory: RunDirectory, settings: Settings, launch: str | None) -> tuple[Path | None, bool]:
-    """The checkpoint to start from, and whether what the folder holds goes. Writes nothing."""
+def _find_start(directory: RunDirectory, settings: Settings, launch: str | None) -> _Begin:
+    """Writes nothing."""
     again = restarts(os.environ) > 0 and directory.begun_by(launch)
     overwrite = settings.run.overwrite and not again
     start = directory.find_start(settings.checkpoint.resume, overwrite, settings.resolved, again)
     if start:
         manifest = checkpoint.read_manifest(start)
         settings.plan.check_continues(manifest["step"], manifest["state"].get("history"))
-    return start, overwrite
+    return _Begin(start, overwrite, directory.holds_run() and not overwrite)
+
+
+def _prepare(directory: RunDirectory, settings: Settings, launch: str | None, begin: _Begin) -> None:
+    """Raises ConfigError where another job has written to the folder while this one read its data."""
+    if _find_start(directory, settings, launch) != begin:
+        rule = "another job has begun or gone on with it meanwhile"
+        raise ConfigError("run.dir", directory.path, rule, "run one job at a time in a folder")
+    directory.prepare(begin.overwrite, settings.resolved, launch)
 
 
 def make_trainer(
