@@ -8,7 +8,7 @@ from v4train.config import load, settings
 from v4train.parallel.engine import Engine
 from v4train.train.pretrain import pretrain
 
-SLOW = 0.3  # seconds that rank 1 works longer in each step
+SLOW = 1.0  # seconds that rank 1 works longer in each step: much longer than a busy machine may hold the other up
 LAST = 4  # steps that come to an end
 train = Engine.train
 steps = 0
