@@ -153,14 +153,7 @@ def test_what_one_rank_refuses_all_do_before_anything_is_deleted(finished, base,
     program = tmp_path / "program.py"
     program.write_text(BAD_ON_RANK_1)
     launched = [sys.executable, "-m", "v4train.launching.ranks", "2", str(program)]
-    result = subprocess.run(
-        [*launched, *tiny(base, "whole"), "run.overwrite=true"],
-        cwd=base,
-        env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
+    result = on_two_ranks(launched, *tiny(base, "whole"), "run.overwrite=true", cwd=base)
     said = [f"rank {rank}: data.path=/far: it isn't mounted here; mount it" for rank in (0, 1)]
     assert sorted(line for line in result.stdout.splitlines() if line.startswith("rank")) == said, result.stderr
     assert before == files_of(folder)
@@ -183,7 +176,12 @@ def test_a_checkpoint_of_other_data_is_refused_before_anything_is_deleted(finish
     assert before == files_of(base / "copy")
 
 
-def files_of(folder):
+def on_two_ranks(launched: list[str], *overrides: str, cwd: Path) -> subprocess.CompletedProcess:
+    ranks = environment() | {"GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run([*launched, *overrides], cwd=cwd, env=ranks, capture_output=True, text=True, timeout=LIMIT)
+
+
+def files_of(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
@@ -201,14 +199,7 @@ def test_a_run_killed_just_before_its_summary_gets_it_when_started_again(finishe
 def test_every_rank_refuses_what_rank_0_finds_in_the_run_directory(finished, base):
     """One line, and code 2 from both ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *command()[1:]]
-    result = subprocess.run(
-        [*torchrun, *tiny(base, "whole"), "seed=2"],
-        cwd=base,
-        env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
+    result = on_two_ranks(torchrun, *tiny(base, "whole"), "seed=2", cwd=base)
     assert result.stderr.count("error: seed=2") == 1
     assert "Traceback" not in result.stderr.split("error: seed=2")[0]
     assert "exitcode  : 2" in result.stderr and "exitcode  : 1 " not in result.stderr

@@ -61,10 +61,9 @@ def groups_of(runs: list[Run]) -> list[Group]:
     """The runs by their configuration but for seeds and what changes no figure, in the order of each one's first."""
     found: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        own = leaves(run.config)
-        found[repr({key: value for key, value in own.items() if not (key in SEEDS or BOOKKEEPING.match(key))})].append(
-            run
-        )
+        own = leaves(run.config).items()
+        kept = [(key, value) for key, value in own if key not in SEEDS and not BOOKKEEPING.match(key)]
+        found[repr(kept)].append(run)
     return [Group(re.sub(r"[_,-]?seed=?\d+", "", of[0].name) or of[0].name, of) for of in found.values()]
 
 
