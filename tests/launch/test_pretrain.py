@@ -159,6 +159,38 @@ def test_what_one_rank_refuses_all_do_before_anything_is_deleted(finished, base,
     assert before == files_of(folder)
 
 
+BEGUN_MEANWHILE = """
+import sys
+from pathlib import Path
+from v4train.config import load, settings
+from v4train.errors import ConfigError
+from v4train.train import pretrain
+
+find_data = pretrain.find_data
+
+def begin_another(settings):
+    folder = Path(settings.run.dir)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("another job's")
+    return find_data(settings)
+
+pretrain.find_data = begin_another
+try:
+    pretrain.pretrain(settings(load(sys.argv[1:])))
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_a_run_that_another_job_begins_while_data_are_read_is_left_to_it(base, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(BEGUN_MEANWHILE)
+    started = [sys.executable, str(program), *tiny(base, "meanwhile")]
+    result = subprocess.run(started, cwd=base, env=environment(), capture_output=True, text=True, timeout=LIMIT)
+    assert "another job has begun or gone on with it meanwhile; run one job" in result.stdout, result.stderr
+    assert [path.name for path in (base / "meanwhile").iterdir()] == ["config.yaml"]
+
+
 def test_a_checkpoint_of_other_data_is_refused_before_anything_is_deleted(finished, base):
     """Only the documents tell: the configuration is the same."""
     folder, _ = finished

@@ -114,11 +114,13 @@ def run(settings: Settings) -> dict[str, float]:
 
 
 class _Begin(NamedTuple):
-    """What a run begins with. overwrite: whether what its folder holds goes; continues: whether it goes on instead."""
+    """What a run begins with. overwrite: whether what its folder holds goes; continues: whether it goes on instead;
+    held: what the folder held (`RunDirectory.holds`)."""
 
     checkpoint: Path | None
     overwrite: bool
     continues: bool
+    held: tuple[str, ...]
 
 
 def _data_of_all_ranks(settings: Settings, reader: checkpoint.Reader | None) -> tuple[Tokenizer, Corpus]:
@@ -155,18 +157,19 @@ def _on_first_rank(settings: Settings, work: Callable[[], T]) -> T:
 
 def _find_start(directory: RunDirectory, settings: Settings, launch: str | None) -> _Begin:
     """Writes nothing."""
+    held = directory.holds()
     again = restarts(os.environ) > 0 and directory.begun_by(launch)
     overwrite = settings.run.overwrite and not again
     start = directory.find_start(settings.checkpoint.resume, overwrite, settings.resolved, again)
     if start:
         manifest = checkpoint.read_manifest(start)
         settings.plan.check_continues(manifest["step"], manifest["state"].get("history"))
-    return _Begin(start, overwrite, directory.holds_run() and not overwrite)
+    return _Begin(start, overwrite, directory.holds_run() and not overwrite, held)
 
 
 def _prepare(directory: RunDirectory, settings: Settings, launch: str | None, begin: _Begin) -> None:
     """Raises ConfigError where another job has written to the folder while this one read its data."""
-    if _find_start(directory, settings, launch) != begin:
+    if directory.holds() != begin.held:
         rule = "another job has begun or gone on with it meanwhile"
         raise ConfigError("run.dir", directory.path, rule, "run one job at a time in a folder")
     directory.prepare(begin.overwrite, settings.resolved, launch)

@@ -94,6 +94,11 @@ class RunDirectory:
             return False
         return OmegaConf.is_dict(saved) and {"run", "model", "train", "checkpoint"} <= saved.keys()
 
+    def holds(self) -> tuple[str, ...]:
+        """Names of what another job would add: its settings, who began it, its checkpoints."""
+        files = (self.config, self.launch, *self.checkpoints.glob("step_*"))
+        return tuple(sorted(path.name for path in files if path.exists()))
+
     def prepare(self, overwrite: bool, resolved: dict[str, Any], launch: str | None = None) -> None:
         """Make the folder, empty if `overwrite`, and write config.yaml and who has begun it (`begun_by`).
 
