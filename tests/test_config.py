@@ -100,6 +100,7 @@ BAD = [
     (["model.norm_eps=-1"], "model.norm_eps", ["above 0"]),
     (["model.attention.rope.theta=0"], "model.attention.rope.theta", ["exceed 1"]),
     (["tokenizer.vocab_size=10"], "tokenizer.vocab_size", ["262"]),
+    (["tokenizer.cache_dir=runs/a/cache", "run.name=a"], "tokenizer.cache_dir", ["run's folder"]),
     (["run.name=a/b"], "run.name", ["one folder"]),
     (["run.name=.."], "run.name", ["one folder"]),
     (["parallelism.deepspeed.wall_clock_breakdown=true"], "parallelism.deepspeed.wall_clock_breakdown", ["+"]),

@@ -37,6 +37,7 @@ def benchmark(made, rounds: int) -> dict:
     from v4train.parallel.topology import start_distributed, stop_distributed
     from v4train.train import checkpoint
     from v4train.train.evaluation import find_data
+    from v4train.train.heartbeat import Heartbeat
     from v4train.train.pretrain import make_trainer
     from v4train.train.run_directory import RunDirectory
     from v4train.train.signals import StopRequest
@@ -44,7 +45,8 @@ def benchmark(made, rounds: int) -> dict:
     start_distributed(made.topology)
     directory = RunDirectory(made.run.dir)
     directory.prepare(False, made.resolved)
-    trainer, turns = make_trainer(made, find_data(made), directory, None, None), []
+    heartbeat = Heartbeat(directory.heartbeat, 0, 1)
+    trainer, turns = make_trainer(made, find_data(made), directory, None, heartbeat, None), []
 
     def step() -> float:
         started = time.perf_counter()

@@ -52,14 +52,14 @@ def without_dashes(arguments: list[str]) -> list[str]:
         if key.startswith("--"):
             words = given.setdefault(key[2:], [])
             words += [value] if equals else []
-        elif words is None or key in KEYS:
+        elif words is None or (equals and key in KEYS):
             found.append(argument)
         else:
             words.append(argument)
     for key, words in given.items():
         if key != "compare" and len(words) != 1:
             raise ConfigError(f"--{key}", " ".join(words) or "missing", "one folder is wanted", f"give --{key} DIR")
-        found.append(f"{key}={json.dumps(words) if key == 'compare' else words[0]}")
+        found.append(f"{key}={json.dumps(words, ensure_ascii=False) if key == 'compare' else words[0]}")
     return found
 
 

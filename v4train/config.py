@@ -6,6 +6,7 @@ before a model, a process group or a file is made.
 
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -163,6 +164,9 @@ def settings(config: DictConfig) -> Settings:
     if made.tokenizer.vocab_size > made.model.vocab_size:
         rule = f"the model embeds only model.vocab_size={made.model.vocab_size} entries"
         raise ConfigError("tokenizer.vocab_size", made.tokenizer.vocab_size, rule, "make it at most as large")
+    if Path(made.tokenizer.cache_dir).expanduser().absolute().is_relative_to(Path(made.run.dir).absolute()):
+        rule = "it lies in the run's folder, which holds nothing else and run.overwrite=true empties"
+        raise ConfigError("tokenizer.cache_dir", made.tokenizer.cache_dir, rule, "name a folder that runs can share")
     check_data(made.data)
     return made
 

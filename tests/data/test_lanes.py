@@ -146,6 +146,14 @@ def test_passes_so_far():
     assert passes == [i / 16 for i in range(1, 33)]
 
 
+def test_passes_before_the_first_row_are_those_of_the_window_at_hand():
+    """As of a source of a mixture that a run which goes on hasn't drawn from yet."""
+    packer = Packer(stream_of(documents_of([10] * 16), epochs=2), config(10))
+    for _ in range(20):
+        packer.advance()
+    assert Packer(stream_of(documents_of([10] * 16), epochs=2), config(10), saved(packer)).epoch == 1.0
+
+
 def test_passes_so_far_go_on_where_the_length_changes():
     """What is left of a window is packed anew; what was taken of it stays taken."""
     state, passes = None, []

@@ -129,6 +129,19 @@ def test_what_only_the_data_show_to_be_bad_is_refused_before_anything_is_deleted
     assert result.returncode == 2 and not (base / "never").exists()
 
 
+def test_held_out_text_that_only_evaluation_wants_is_read_before_anything_is_deleted(finished, base):
+    """It is beyond what the run validates on, in records that are read as far as somebody wants them."""
+    folder, _ = finished
+    before = files_of(folder)
+    records = [json.dumps({"text": f"{number} words of text " * 200}) for number in range(40)]
+    (base / "records.jsonl").write_text("\n".join([*records, "not JSON", ""]))
+    streamed = ["data=jsonl", f"data.path={base}/records.jsonl", "data.on_error=error", "data.validation_fraction=0.9"]
+    more = ["train.evaluate_every=1", "train.validation_tokens=96", "evaluation.tokens=1000000"]
+    result = pretrain(*tiny(base, "whole"), *streamed, *more, "run.overwrite=true", cwd=base)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert before == files_of(folder)
+
+
 BAD_ON_RANK_1 = """
 import os, sys
 from v4train.config import load, settings

@@ -40,6 +40,19 @@ def test_what_changes_no_figure_keeps_no_runs_apart(tmp_path):
     assert [len(group.runs) for group in groups_of([read_run(path) for path in [*paths, other]])] == [4, 1]
 
 
+def test_runs_that_have_not_come_as_far_are_taken_apart(tmp_path):
+    """One was paused, one ended before its first validation: no mean has their figures, and the page is drawn."""
+    names = {"a_seed1": 60, "a_seed2": 60, "a_seed3": 25, "a_seed4": 0}
+    paths = [make_run(tmp_path, name, (f"seed={i}",), steps) for i, (name, steps) in enumerate(names.items(), 1)]
+    groups = groups_of([read_run(path) for path in paths])
+    assert [(group.name, len(group.runs)) for group in groups] == [("a", 2), ("a, to step 25", 1), ("a, to step 0", 1)]
+    assert [figures.get("validation loss", "-").split(" ")[0] for figures in group_figures(groups)][::2] == [
+        "3.0000",
+        "-",
+    ]
+    assert compare(paths, tmp_path / "page").is_file()
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (1, 0, 2)])
 def test_a_diverged_group_takes_no_figure_from_the_others(tmp_path, order):
     """Tokens are counted up to the highest loss that is a number."""

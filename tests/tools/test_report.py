@@ -33,6 +33,10 @@ def test_dashes():
     words = ["--compare", "a_seed=1", "b, c", "out=x", "--run=r"]
     assert without_dashes(words) == ["out=x", 'compare=["a_seed=1", "b, c"]', "run=r"]
     assert without_dashes(["--compare=a", "--compare", "b"]) == ['compare=["a", "b"]']
+    assert without_dashes(["--compare", "run", "\U0001f600", "--out", "out"]) == [
+        'compare=["run", "\U0001f600"]',
+        "out=out",
+    ]
     assert without_dashes(["compare=[a,b]", "out=x"]) == ["compare=[a,b]", "out=x"]
 
 

@@ -73,6 +73,27 @@ def test_overwrite_starts_anew_and_removes_what_was_there(directory):
     assert [path.name for path in directory.path.iterdir()] == ["config.yaml"]
 
 
+def test_overwrite_empties_the_folder_that_a_link_leads_to(directory, tmp_path):
+    (tmp_path / "far").mkdir()
+    directory.path.parent.mkdir()
+    directory.path.symlink_to(tmp_path / "far")
+    start(directory)
+    save(directory, 1)
+    (directory.path / "latest").symlink_to(directory.checkpoints)
+    start(directory, overwrite=True)
+    assert [path.name for path in (tmp_path / "far").iterdir()] == ["config.yaml"]
+
+
+def test_who_writes_the_settings_anew_is_noticed(directory):
+    start(directory)
+    held = directory.holds()
+    assert directory.holds() == held
+    start(directory)
+    again = directory.holds()
+    save(directory, 1)
+    assert len({held, again, directory.holds()}) == 3
+
+
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_folder_that_is_no_run_is_never_touched(directory, overwrite):
     directory.path.mkdir(parents=True)
@@ -165,12 +186,13 @@ def test_overwrite_never_deletes_the_checkpoint_to_start_from(directory):
     assert checkpoint.damage(path) is None
 
 
-def test_a_folder_with_a_config_of_something_else_is_never_touched(directory):
+@pytest.mark.parametrize("config", [b"theme: dark", b"theme: \xff\xfe"])
+def test_a_folder_with_a_config_of_something_else_is_never_touched(directory, config):
     directory.path.mkdir(parents=True)
-    directory.config.write_text("theme: dark")
+    directory.config.write_bytes(config)
     with pytest.raises(ConfigError, match="run.dir"):
         start(directory, overwrite=True)
-    assert directory.config.read_text() == "theme: dark"
+    assert directory.config.read_bytes() == config
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(directory):

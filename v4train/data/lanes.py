@@ -62,6 +62,8 @@ class Packer:
 
     def __init__(self, stream: Stream, config: RowConfig, state: PackerState | None = None) -> None:
         self._stream, self._config = stream, config
+        if state is not None:
+            stream.seek(state.start)  # for `epoch` and `left_out` until the first row
         self.state = PackerState(stream.position) if state is None else state.copy()
         if not self.state.parts or self.state.parts[-1][0] != config.length:
             self.state.parts.append([config.length, 0])

@@ -120,5 +120,5 @@ class RecallStream:
 
     @property
     def epoch(self) -> float:
-        """Rows are drawn anew without end: none is seen twice."""
+        """Rows are drawn anew without end: none is seen twice unless a later phase's rows are shorter."""
         return 0.0

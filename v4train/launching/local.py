@@ -31,6 +31,11 @@ class LocalConfig:
                 raise ConfigError(f"hydra.launcher.{key}", getattr(self, key), "it must be at least 1", "use 1")
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+
+
 def run_jobs(jobs: list[Job], config: LocalConfig, gpus: list[str]) -> Iterator[Outcome]:
     """Run `config.jobs` of the jobs at once; their outcomes in the order in which they end.
 
@@ -58,7 +63,7 @@ def slot_environments(config: LocalConfig, gpus: list[str], environ: Mapping[str
         raise ConfigError("hydra.launcher.jobs", config.jobs, rule, "run fewer at once, or use device=cpu")
     common = {}
     if "OMP_NUM_THREADS" not in environ:
-        common["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // (config.jobs * config.nproc)))
+        common["OMP_NUM_THREADS"] = str(max(1, cores() // (config.jobs * config.nproc)))
     own = [gpus[slot * config.nproc :][: config.nproc] for slot in range(config.jobs)]
     return [common | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if gpus else {}) for devices in own]
 

@@ -28,7 +28,9 @@ class Group:
     def course(self, key: str, by: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
         """Where all runs that have this key at all have a value: x [n], values [runs, n]."""
         curves = [curve for run in self.runs if len((curve := run.curve(key, by))[0])]
-        shared = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves))) if curves else []
+        if not curves:
+            return np.empty(0), np.empty((0, 0))
+        shared = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves)))
         return np.array(shared), np.array([y[np.isin(x, shared)] for x, y in curves]).reshape(len(curves), -1)
 
     @cached_property
@@ -58,13 +60,23 @@ class Group:
 
 
 def groups_of(runs: list[Run]) -> list[Group]:
-    """The runs by their configuration but for seeds and what changes no figure, in the order of each one's first."""
-    found: dict[str, list[Run]] = defaultdict(list)
+    """The runs by their configuration but for seeds and what changes no figure, in the order of each one's first.
+
+    Those that have come less far than others of the configuration are groups of their own.
+    """
+    found: dict[tuple[str, int], list[Run]] = defaultdict(list)
+    furthest: dict[str, int] = defaultdict(int)
     for run in runs:
         own = leaves(run.config).items()
-        kept = [(key, value) for key, value in own if key not in SEEDS and not BOOKKEEPING.match(key)]
-        found[repr(kept)].append(run)
-    return [Group(re.sub(r"[_,-]?seed=?\d+", "", of[0].name) or of[0].name, of) for of in found.values()]
+        kept = repr([(key, value) for key, value in own if key not in SEEDS and not BOOKKEEPING.match(key)])
+        found[kept, run.end].append(run)
+        furthest[kept] = max(furthest[kept], run.end)
+    return [Group(_name(of[0], end < furthest[kept]), of) for (kept, end), of in found.items()]
+
+
+def _name(run: Run, unfinished: bool) -> str:
+    name = re.sub(r"[_,-]?seed=?\d+", "", run.name) or run.name
+    return f"{name}, to step {run.end}" if unfinished else name
 
 
 def first_below(curve: Curve, level: float) -> float | None:

@@ -73,6 +73,11 @@ class Run:
         return sorted(set(events))
 
     @property
+    def end(self) -> int:
+        """The newest step, 0 of a run without any."""
+        return max((record["step"] for record in [*self.steps[-1:], *self.validations[-1:]]), default=0)
+
+    @property
     def recall(self) -> dict[int, float]:
         """Accuracy by distance at the last evaluation."""
         last = self.evaluations[-1] if self.evaluations else {}

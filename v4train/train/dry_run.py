@@ -41,7 +41,7 @@ def dry_run(settings: Settings) -> dict[str, float]:
     layout = Layout(model, topology, train.sequence_length)
     here = sum(model.get_parameter(name).numel() for name in layout.names)
     figures = {"parameters_of_fullest_rank": all_max(float(here), topology.device), **planned(settings, stage, work)}
-    tokenizer, corpus = find_data(settings)
+    tokenizer, corpus, _ = find_data(settings)
     first = settings.plan.at(0)
     sizes = (first.global_batch_size, settings.micro_batch(first), topology.index("data"), topology.sizes.data)
     loader = Loader(corpus, settings.data, tokenizer, first.sequence_length, BatchConfig(*sizes), settings.seed)

@@ -1,6 +1,7 @@
 """What launch/evaluate.py measures on our own rows, during training: `train.evaluate_every`."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,33 +16,38 @@ from v4train.train.distributed import all_sum_tensor
 from v4train.train.phases import Stage
 
 
-def find_data(settings: Settings) -> tuple[Tokenizer, Corpus]:
-    """What a run trains on and is measured by.
+class RunData(NamedTuple):
+    """What a run trains on, and `evaluated` every `train.evaluate_every` steps: with `evaluation.tokens` held out."""
+
+    tokenizer: Tokenizer
+    corpus: Corpus
+    evaluated: Corpus
+
+
+def find_data(settings: Settings) -> RunData:
+    """All data of a run.
 
     Raises:
         ConfigError: (data.*, tokenizer.*, evaluation.*) it can't be read, or a recall task doesn't fit the rows of some
             phase, or the tokenizer.
     """
     lengths = {phase.sequence_length for phase in settings.plan.phases}
-    tokenizer, corpus = load_data(settings.data, settings.tokenizer, settings.train.validation_tokens, lengths)
+    validated = settings.train.validation_tokens
+    tokenizer, corpus = load_data(settings.data, settings.tokenizer, validated, lengths)
+    evaluated = corpus
     if settings.train.evaluate_every:
         recall_task(settings.evaluation, corpus, tokenizer, min(lengths))
-    return tokenizer, corpus
+        if (wanted := settings.evaluation.held_out_tokens(validated)) != validated:
+            _, evaluated = load_data(settings.data, settings.tokenizer, wanted)
+    return RunData(tokenizer, corpus, evaluated)
 
 
 class Evaluation:
     """Of one run, on every rank. `beat` is called for each batch."""
 
-    def __init__(
-        self, settings: Settings, engine: Engine, corpus: Corpus, tokenizer: Tokenizer, beat: Callable[[], None]
-    ) -> None:
+    def __init__(self, settings: Settings, engine: Engine, data: RunData, beat: Callable[[], None]) -> None:
         self.settings, self.config, self.topology = settings, settings.evaluation, settings.topology
-        self.engine, self.tokenizer, self.beat = engine, tokenizer, beat
-        validated = settings.train.validation_tokens
-        wanted = self.config.held_out_tokens(validated)
-        if settings.train.evaluate_every and wanted != validated:
-            _, corpus = load_data(settings.data, settings.tokenizer, wanted)
-        self.corpus = corpus
+        self.engine, self.data, self.beat = engine, data, beat
 
     def figures(self, stage: Stage) -> dict[str, float | None]:
         """For a line of metrics, on rows as long as those of `stage`; every rank must call it, and then set the model
@@ -49,8 +55,8 @@ class Evaluation:
         self.engine.model.eval()
         found = measure(
             self.config,
-            self.corpus,
-            self.tokenizer,
+            self.data.evaluated,
+            self.data.tokenizer,
             self._scores,
             length=stage.sequence_length,
             batch_size=self.settings.micro_batch(stage),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from v4train import durable
 from v4train.analysis.parameters import parameter_counts
 from v4train.config import Settings
-from v4train.data import Corpus, Source, Tokenizer, check_position
+from v4train.data import Source, check_position
 from v4train.errors import ConfigError
 from v4train.model import build_model
 from v4train.model.compiled import compile_model
@@ -30,7 +30,7 @@ from v4train.train.allocator import keep_freed_memory
 from v4train.train.deterministic import make_deterministic
 from v4train.train.distributed import gathered
 from v4train.train.dry_run import dry_run
-from v4train.train.evaluation import find_data
+from v4train.train.evaluation import RunData, find_data
 from v4train.train.heartbeat import Heartbeat
 from v4train.train.lost_ranks import give_up, is_lost_peer
 from v4train.train.metrics import write_summary
@@ -80,8 +80,7 @@ def run(settings: Settings) -> dict[str, float]:
     begin = _on_first_rank(settings, lambda: _find_start(directory, settings, launch))
     start = begin.checkpoint
     reader = checkpoint.Reader(start) if start else None
-    ended = reader and reader.manifest["step"] >= settings.plan.total_steps and directory.summary.is_file()
-    if ended and begin.continues:
+    if begin.ended:
         logger.info(
             "run %s is finished at step %d: %s\nto start anew: run.overwrite=true, or another run.name=",
             settings.run.name,
@@ -115,21 +114,22 @@ def run(settings: Settings) -> dict[str, float]:
 
 class _Begin(NamedTuple):
     """What a run begins with. overwrite: whether what its folder holds goes; continues: whether it goes on instead;
-    held: what the folder held (`RunDirectory.holds`)."""
+    ended: whether there is nothing to go on with; held: what the folder held (`RunDirectory.holds`)."""
 
     checkpoint: Path | None
     overwrite: bool
     continues: bool
-    held: tuple[str, ...]
+    ended: bool
+    held: tuple[tuple[str, int], ...]
 
 
-def _data_of_all_ranks(settings: Settings, reader: checkpoint.Reader | None) -> tuple[Tokenizer, Corpus]:
+def _data_of_all_ranks(settings: Settings, reader: checkpoint.Reader | None) -> RunData:
     """Nothing was touched so far: what one rank refuses, all do."""
     data, problem = None, None
     try:
         data = find_data(settings)
         if reader:
-            check_position(reader.manifest["state"]["loader"], data[1], settings.data, settings.seed)
+            check_position(reader.manifest["state"]["loader"], data.corpus, settings.data, settings.seed)
     except ConfigError as error:
         problem = error
     for error in gathered(problem):
@@ -147,7 +147,7 @@ def _on_first_rank(settings: Settings, work: Callable[[], T]) -> T:
         except ConfigError as error:
             answer[0] = error
         except OSError as error:
-            rule = f"it can't be written ({error.strerror})"
+            rule = f"it can't be written ({error.strerror or error})"
             answer[0] = ConfigError("run.dir", settings.run.dir, rule, "name a folder that can")
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], Exception):
@@ -161,14 +161,17 @@ def _find_start(directory: RunDirectory, settings: Settings, launch: str | None)
     again = restarts(os.environ) > 0 and directory.begun_by(launch)
     overwrite = settings.run.overwrite and not again
     start = directory.find_start(settings.checkpoint.resume, overwrite, settings.resolved, again)
+    continues, ended = directory.holds_run() and not overwrite, False
     if start:
         manifest = checkpoint.read_manifest(start)
         settings.plan.check_continues(manifest["step"], manifest["state"].get("history"))
-    return _Begin(start, overwrite, directory.holds_run() and not overwrite, held)
+        ended = continues and manifest["step"] >= settings.plan.total_steps and directory.summary.is_file()
+    return _Begin(start, overwrite, continues, ended, held)
 
 
 def _prepare(directory: RunDirectory, settings: Settings, launch: str | None, begin: _Begin) -> None:
-    """Raises ConfigError where another job has written to the folder while this one read its data."""
+    """Raises ConfigError where another job has begun in the folder while this one read its data. One that trained there
+    before is noticed by its next checkpoint only."""
     if directory.holds() != begin.held:
         rule = "another job has begun or gone on with it meanwhile"
         raise ConfigError("run.dir", directory.path, rule, "run one job at a time in a folder")
@@ -177,13 +180,13 @@ def _prepare(directory: RunDirectory, settings: Settings, launch: str | None, be
 
 def make_trainer(
     settings: Settings,
-    data: tuple[Tokenizer, Corpus],
+    data: RunData,
     directory: RunDirectory,
     reader: checkpoint.Reader | None,
     heartbeat: Heartbeat,
     deadline: float | None,
 ) -> Trainer:
-    (tokenizer, corpus), topology, train = data, settings.topology, settings.train
+    topology, train = settings.topology, settings.train
     if topology.device.type == "cpu":
         keep_freed_memory()
         if settings.precision == "bf16" and not has_fast_bf16():
@@ -209,14 +212,14 @@ def make_trainer(
         precision=settings.precision,
     )
     if topology.rank == 0:
-        tokenizer.save(directory.tokenizer)
+        data.tokenizer.save(directory.tokenizer)
     else:
         settings.tracking.mode = "disabled"
     continues = reader and reader.path.parent.resolve() == directory.checkpoints.resolve()  # not another run's
     run_id = reader.manifest["state"]["wandb_id"] if continues else None
     tracker = Tracker(settings.tracking, directory.path, settings.run.name, settings.resolved, run_id)
     peak = matmul_peak(topology.device, settings.precision) * topology.world_size
-    trainer = Trainer(settings, model, engine, corpus, tokenizer, directory, tracker, heartbeat, peak, deadline)
+    trainer = Trainer(settings, model, engine, data, directory, tracker, heartbeat, peak, deadline)
     if reader:
         trainer.restore(reader)
         reader.close()  # what it has mapped takes room on the disk, removed or not

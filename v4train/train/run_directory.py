@@ -49,7 +49,7 @@ class RunDirectory:
         """Whether this job has begun the run (`restarts.launch_name`), so that a further start of it continues."""
         try:
             return launch is not None and self.launch.read_text() == launch and self.holds_run()
-        except OSError:
+        except (OSError, ValueError):
             return False
 
     def find_start(self, resume: str, overwrite: bool, resolved: dict[str, Any], again: bool = False) -> Path | None:
@@ -90,14 +90,14 @@ class RunDirectory:
         """Whether the folder is a run's: only such a one is ever written to or deleted."""
         try:
             saved = OmegaConf.load(self.config)
-        except (OSError, YAMLError):
+        except (OSError, ValueError, YAMLError):  # ValueError: no text
             return False
         return OmegaConf.is_dict(saved) and {"run", "model", "train", "checkpoint"} <= saved.keys()
 
-    def holds(self) -> tuple[str, ...]:
-        """Names of what another job would add: its settings, who began it, its checkpoints."""
-        files = (self.config, self.launch, *self.checkpoints.glob("step_*"))
-        return tuple(sorted(path.name for path in files if path.exists()))
+    def holds(self) -> tuple[tuple[str, int], ...]:
+        """What another job would change, by name and time: the settings, which all write anew, and checkpoints."""
+        files = sorted((self.config, *self.checkpoints.glob("step_*")))
+        return tuple((path.name, path.stat().st_mtime_ns) for path in files if path.exists())
 
     def prepare(self, overwrite: bool, resolved: dict[str, Any], launch: str | None = None) -> None:
         """Make the folder, empty if `overwrite`, and write config.yaml and who has begun it (`begun_by`).
@@ -105,7 +105,9 @@ class RunDirectory:
         Rank 0 only, before the others read.
         """
         if overwrite and self.holds_run():
-            shutil.rmtree(self.path)
+            # What says that it is a run's goes last: a deletion that was cut off can be gone on with
+            for path in sorted(self.path.iterdir(), key=lambda path: path == self.config):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
         durable.replace(self.config, OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
         if launch is not None:

@@ -15,13 +15,7 @@ import torch
 
 from v4train.analysis.flops import training_flops_per_token
 from v4train.config import Settings
-from v4train.data import (
-    Batch,
-    BatchConfig,
-    Corpus,
-    Loader,
-    Tokenizer,
-)
+from v4train.data import Batch, BatchConfig, Loader
 from v4train.model import Transformer
 from v4train.model.losses import Recorded, share
 from v4train.model.moe.balance import relative_loads
@@ -29,7 +23,7 @@ from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
 from v4train.train.balance import Balance, violations
 from v4train.train.distributed import all_max, all_sum, gathered
-from v4train.train.evaluation import Evaluation
+from v4train.train.evaluation import Evaluation, RunData
 from v4train.train.feed import Feed
 from v4train.train.hang_watch import HangWatch
 from v4train.train.heartbeat import Heartbeat
@@ -62,8 +56,7 @@ class Trainer:
         settings: Settings,
         model: Transformer,
         engine: Engine,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
+        data: RunData,
         directory: RunDirectory,
         tracker: Tracker,
         heartbeat: Heartbeat,
@@ -72,11 +65,11 @@ class Trainer:
     ) -> None:
         self.settings, self.train, self.topology = settings, settings.train, settings.topology
         self.model, self.engine, self.plan = model, engine, settings.plan
-        self.corpus, self.tokenizer = corpus, tokenizer
+        self.corpus, self.tokenizer = data.corpus, data.tokenizer
         self.directory, self.tracker, self.heartbeat = directory, tracker, heartbeat
         self.stage = self.plan.at(0)  # of the step under way, or the last
         length, batch = self.stage.sequence_length, self._batch(self.stage)
-        self.loader = Loader(corpus, settings.data, tokenizer, length, batch, settings.seed)
+        self.loader = Loader(self.corpus, settings.data, self.tokenizer, length, batch, settings.seed)
         self.feed = Feed(self.loader, self.topology)
         # Of ranks with the same tokens one counts
         self.counts = not self.topology.index("tensor")
@@ -85,8 +78,8 @@ class Trainer:
         self.deadline = deadline
         self.interrupted = self.dry = False  # dry: the data have ended
         self.validation: dict[str, float] = {}
-        self.validator = Validation(settings, engine, corpus, tokenizer, lambda: self._beat("validating"))
-        self.evaluation = Evaluation(settings, engine, corpus, tokenizer, lambda: self._beat("evaluating"))
+        self.validator = Validation(settings, engine, self.corpus, self.tokenizer, lambda: self._beat("validating"))
+        self.evaluation = Evaluation(settings, engine, data, lambda: self._beat("evaluating"))
         self.balance = Balance(model, self.topology)
         self.metrics = MetricsFile(directory.metrics) if self.topology.rank == 0 else None
         parts = {
