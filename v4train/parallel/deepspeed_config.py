@@ -56,6 +56,19 @@ def check_deepspeed_keys(extra: Mapping[str, Any]) -> None:
             raise ConfigError(f"parallelism.deepspeed.{key}", holder[child], "decided elsewhere in v4train", remedy)
 
 
+def check_zero_options(extra: Mapping[str, Any], zero_stage: int) -> None:
+    """Raise ConfigError for what DeepSpeed, which is imported, refuses of `parallelism.deepspeed.zero_optimization`."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**extra.get("zero_optimization", {}), stage=zero_stage)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["parallelism.deepspeed.zero_optimization", *map(str, first["loc"])])
+        raise ConfigError(key, first["input"], f"DeepSpeed: {first['msg']}", "see its zero_optimization") from error
+
+
 def deepspeed_config(
     extra: Mapping[str, Any],
     *,

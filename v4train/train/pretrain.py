@@ -19,6 +19,7 @@ from v4train.errors import ConfigError
 from v4train.model import build_model
 from v4train.model.compiled import compile_model
 from v4train.model.precision import has_fast_bf16
+from v4train.parallel.deepspeed_config import check_zero_options
 from v4train.parallel.engine import Engine
 from v4train.parallel.layout import Layout
 from v4train.parallel.pipeline import PipelineEngine
@@ -47,12 +48,14 @@ T = TypeVar("T")
 
 
 def pretrain(settings: Settings) -> dict[str, float]:
-    """Join the process group, run, leave it: a whole program on this rank. See `run`."""
+    """Join the process group, run, leave it: a whole program on this rank. See `run`; raises ConfigError too for what
+    DeepSpeed refuses."""
     if settings.train.deterministic:
         make_deterministic()
     # A collective's own end, which leaves no stacks, comes after that by the watch
     start_distributed(settings.topology, timedelta(seconds=max(1800, 2 * settings.train.hang_timeout)))
     try:
+        check_zero_options(settings.parallelism.deepspeed, settings.parallelism.zero_stage)
         return run(settings)
     except RuntimeError as error:
         if settings.topology.world_size == 1 or not is_lost_peer(error):
