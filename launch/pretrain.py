@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from v4train.errors import ConfigError, SweepFailed, errors_from_hydra, wants_traceback
-from v4train.overrides import check_options, check_whole, complete, config_dir, explain
+from v4train.overrides import check_options, check_whole, complete, config_dir, explain, explain_entry
 from v4train.train.signals import REQUEUE, SPIKED
 
 LISTENING = 5  # seconds that other ranks leave rank 0 to speak
@@ -68,6 +68,8 @@ def started() -> int:
         refuse(explain(error))
     except ConfigError as error:
         refuse(error)
+    except ValueError as error:
+        refuse(explain_entry(error, sys.argv[1:]))
     except SweepFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -83,6 +83,7 @@ BAD = [
     (["~seed"], "seed", ["missing"]),
     (["schedule=v4_small", "~schedule.phases.1"], "schedule.phases.1", ["whole list"]),
     (["schedule=v4_small", "schedule.phases.9.tokens=5"], "schedule.phases.9.tokens", ["no such entry"]),
+    (["schedule=v4_small", "schedule.phases.x=3"], "schedule.phases.x", ["numbered"]),
     (["model.attention_mix.7=csa"], "model.attention_mix.7", ["whole"]),
     (["optimizer.betas=[0.9]"], "optimizer.betas", ["two"]),
     (["optimizer.weight_decay=-1"], "optimizer.weight_decay", ["negative"]),

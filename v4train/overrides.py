@@ -50,6 +50,8 @@ def composed(program: str, overrides: list[str]) -> DictConfig:
             config = compose(program, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, program) from error
+    except ValueError as error:
+        raise explain_entry(error, overrides) from error
     check_whole(config, program)
     return config
 
@@ -212,6 +214,15 @@ def explain(error: Exception, program: str = "pretrain") -> ConfigError:
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return ConfigError(error.full_key, "?", str(error.msg or error).splitlines()[0], "conf/ shows all keys")
     return ConfigError("config", "?", text, "conf/ shows all keys")
+
+
+def explain_entry(error: ValueError, overrides: Iterable[str]) -> ConfigError:
+    """What OmegaConf says of a list's entry that is named by a word, as one line. Raises any other error as it is."""
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if str(error) == f"invalid literal for int() with base 10: {key.rpartition('.')[2]!r}":
+            return ConfigError(key, value, "entries of a list are numbered", "write the whole list, key=[...]")
+    raise error
 
 
 def _known_keys(program: str) -> set[str]:
