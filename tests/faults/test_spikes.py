@@ -26,8 +26,6 @@ pytestmark = pytest.mark.faults
 STEPS, AT = 100, 60
 FAST = ["parallelism=zero0", "train.layers_every=0"]
 LONG = [*FAST, "guard.anticipation_after=20", f"train.max_steps={STEPS}"]
-# So small a batch has a noisy loss, and so young a model a falling one: of an expert its gradient norm tells more
-SENSITIVE = ["guard.window=16", "guard.min_history=16", "guard.gradient_margin=0.7"]
 SHORT = [*FAST, "train.max_steps=16", "guard.min_history=8", "guard.snapshot_every=5", "guard.anticipation_steps=2"]
 SEEDS = (1, 2, 3)
 EXPERT, FACTOR = 3, 1000.0
@@ -151,7 +149,7 @@ FAULTS = {
     "two batches, one spike": Fault(
         partial(poisoned_rows, rows_of(TWO)), [(AT + 1, 50, TWO)], options=["guard.severe=1e9"]
     ),
-    "an expert": Fault(partial(before_steps, ONE, blown_up, 1), [(AT + 1, 50, TWO)], options=SENSITIVE),
+    "an expert": Fault(partial(before_steps, ONE, blown_up, 1), [(AT, 50, ONE)]),
 }
 
 
@@ -169,7 +167,7 @@ def clean(tmp_path_factory):
     """Validation losses of undisturbed runs, by seed, and where they lie."""
     base, found = tmp_path_factory.mktemp("spikes"), {}
     for seed in SEEDS:
-        life = Life(tiny(base, f"clean_{seed}", *LONG, *SENSITIVE, f"seed={seed}"), base / f"clean_{seed}.log")
+        life = Life(tiny(base, f"clean_{seed}", *LONG, f"seed={seed}"), base / f"clean_{seed}.log")
         assert life.end() == 0, life.log.read_text()
         assert events_of(base, f"clean_{seed}") == []  # nor does the guard see what isn't there
         found[seed] = final_loss(base, f"clean_{seed}")

@@ -109,6 +109,16 @@ def test_a_finished_run_says_so_and_is_not_touched(finished, base):
     assert before == files_of(folder)
 
 
+def test_a_finished_run_with_other_settings_is_refused_by_key(finished, base):
+    """As of a sweep whose file has changed: what lies there are the figures of something else."""
+    folder, _ = finished
+    before = files_of(folder)
+    result = pretrain(*tiny(base, "whole"), "schedule.learning_rate=0.123", cwd=base)
+    assert result.returncode == 2 and result.stderr.startswith("error: schedule.learning_rate=0.123: the run that ")
+    assert "has finished with " in result.stderr and "run.overwrite=true" in result.stderr
+    assert before == files_of(folder)
+
+
 @pytest.mark.parametrize(
     ("bad", "says"),
     [

@@ -8,6 +8,7 @@ from tests.runs import TINY
 from v4train.config import load
 from v4train.model import build_model
 from v4train.train import layer_statistics
+from v4train.train.activation_scales import ActivationScales
 from v4train.train.layer_statistics import LayerStatistics, layer_of
 
 
@@ -26,13 +27,14 @@ def test_figures_of_a_step(alone, monkeypatch):
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     statistics = LayerStatistics(model, sizes, True, torch.device("cpu"))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with statistics.measuring():
+    scales = ActivationScales(model)
+    with scales.measuring(), statistics.measuring():
         for ids in batches:
             model(ids, targets=ids)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.01 * torch.randn_like(parameter)
-    found = statistics.take()
+    found = statistics.take(scales.scales({key: float(value) for key, value in scales.sums().items()}))
 
     assert list(found) == ["embedding", "blocks.0", "blocks.1", "blocks.2", "head", "mtp"]
     for layer, figures in found.items():
@@ -72,6 +74,6 @@ def test_nothing_is_left_behind(alone):
     keys = [key for key in TINY if key.startswith("model.")]
     model = build_model(load([*keys, "tokenizer.vocab_size=320"]).model)
     statistics = LayerStatistics(model, {}, True, torch.device("cpu"))
-    with statistics.measuring():
+    with ActivationScales(model).measuring(), statistics.measuring():
         pass
     assert not any(block._forward_hooks for block in model.blocks)

@@ -115,6 +115,35 @@ def test_one_that_lies_far_out_is_a_spike_at_once():
     assert detector.observe(math.nan, 1.0, True).steps == 2
 
 
+def after_scales(scales, config=CONFIG) -> SpikeDetector:
+    detector = SpikeDetector(config)
+    for scale in scales:
+        assert detector.observe(3.0, 1.0, True, activations={"blocks.0": 1.0, "blocks.1": scale}) is None
+    return detector
+
+
+@pytest.mark.parametrize(
+    ("factor", "seen"), [(4.9, False), (5.0, True), (1000.0, True), (math.inf, True), (math.nan, True)]
+)
+def test_a_layer_that_grows_at_once_is_broken(factor, seen):
+    """Whatever loss and gradient say; with what it had grown to before, over many steps."""
+    detector = after_scales([1.15**i for i in range(30)])
+    spike = detector.observe(3.0, 1.0, True, activations={"blocks.0": 1.0, "blocks.1": 1.15**29 * factor})
+    assert (spike is not None) == seen
+    if seen:
+        assert spike.steps == 1 and spike.why.startswith("the output of blocks.1 is ") and "after 57.6" in spike.why
+        assert detector.scales["blocks.1"] == pytest.approx(29 * math.log(1.15))  # it isn't held against what comes
+
+
+def test_no_layer_is_broken_in_the_first_steps_nor_where_the_mode_changes():
+    assert (
+        after_scales([1.0, 10.0, 100.0, 100.0, 100.0]).observe(3.0, 1.0, True, activations={"blocks.1": 101.0}) is None
+    )
+    detector = after_scales([1.0] * 10)
+    detector.settle()
+    assert detector.observe(3.0, 1.0, True, activations={"blocks.1": 99.0}) is None
+
+
 def test_the_last_step_of_its_kind_needs_no_confirmation():
     detector = detector_after([4.0] * 8)
     assert detector.observe(4.4, 1.0, True, True) is None and detector.bad == 0

@@ -9,12 +9,9 @@ import numpy as np
 
 from v4train.report.differences import leaves
 from v4train.report.runs import Curve, Run
+from v4train.train.run_directory import BOOKKEEPING
 
 SEEDS = ("seed", "model.init.seed")
-BOOKKEEPING = re.compile(  # keys of the configuration that no figure depends on
-    r"run\.|tracking\.|checkpoint\.(?!resume)|tokenizer\.cache_dir"
-    r"|train\.(stop_at_step|max_minutes|hang_timeout|profile|sample_\w+|log_every)$"
-)
 LAST_SHARE = 0.1  # of a run, over which its closing `max_violation` is averaged
 
 

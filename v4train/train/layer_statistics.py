@@ -6,7 +6,7 @@ layout. Steps in between cost nothing, and no weight is copied whole.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,12 +26,11 @@ class LayerStatistics:
 
     Args:
         sizes: elements of each whole parameter by canonical name: tensors of a layer count by them.
-        counts: whether this rank's activations count: of ranks with the same ones, one does.
+        counts: whether this rank's gains count: of ranks with the same ones, one does.
     """
 
     def __init__(self, model: Transformer, sizes: Mapping[str, int], counts: bool, device: torch.device) -> None:
         self._model, self._sizes, self._counts, self._device = model, sizes, counts, device
-        self._squares: dict[str, list[Tensor]] = defaultdict(list)  # of activations: mean square of each micro-batch
         self._before: dict[str, Tensor] = {}
         self._gain = MixingGain(model)
 
@@ -39,23 +38,19 @@ class LayerStatistics:
     def measuring(self) -> Iterator[None]:
         """Around the passes and the update of a step."""
         self._before = {name: _sample(parameter).clone() for name, parameter in local_parameters(self._model)}
-        blocks = [(f"blocks.{i}", block) for i, block in enumerate(self._model.blocks)]
-        handles = [block.register_forward_hook(self._hook(name)) for name, block in blocks] + self._gain.hook()
+        handles = self._gain.hook()
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def take(self) -> dict[str, dict[str, float]]:
+    def take(self, activations: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """{layer: {activation_rms, update_ratio, gain_forward, gain_backward}} of the step measured last.
 
-        Collective.
+        activations: `ActivationScales.scales`, the first of these figures. Collective.
         """
         values: dict[tuple[str, str], Tensor | float] = {}
-        for name, squares in self._squares.items() if self._counts else ():
-            values["square", name] = torch.stack(squares).sum()
-            values["number", name] = float(len(squares))
         gains = self._gain.take()
         for name, (forward, backward) in gains.items() if self._counts else ():
             values["forward", name], values["backward", name], values["gains", name] = forward, backward, 1.0
@@ -64,14 +59,15 @@ class LayerStatistics:
             values["update", name] = (after - before).double().square().sum()
             values["weight", name] = after.double().square().sum()
             values["elements", name] = float(after.numel())
-        self._squares.clear()
         self._before = {}
         sums: dict[str, dict[str, float]] = defaultdict(dict)
         for (kind, name), total in all_sum(values, self._device, same_names=False).items():
             sums[kind][name] = total
-        return self._by_layer(sums)
+        return self._by_layer(sums, activations)
 
-    def _by_layer(self, sums: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    def _by_layer(
+        self, sums: Mapping[str, Mapping[str, float]], activations: Mapping[str, float]
+    ) -> dict[str, dict[str, float]]:
         """A parameter that several ranks have whole is in each of its sums as often, so their ratios are right."""
         updates, weights = defaultdict(float), defaultdict(float)
         for name, elements in sums["elements"].items():
@@ -79,22 +75,14 @@ class LayerStatistics:
                 layer, share = layer_of(name), self._sizes[name] / elements
                 updates[layer] += share * sums["update"][name]
                 weights[layer] += share * sums["weight"][name]
-        squares = {name: total / sums["number"][name] for name, total in sums["square"].items()}
         found: dict[str, dict[str, float]] = defaultdict(dict)
-        for name in sorted({*squares, *weights}, key=_order):
-            if name in squares:
-                found[name]["activation_rms"] = math.sqrt(squares[name])
+        for name in sorted({*activations, *weights}, key=_order):
+            if name in activations:
+                found[name]["activation_rms"] = activations[name]
             found[name]["update_ratio"] = math.sqrt(updates[name] / weights[name]) if weights[name] else 0.0
             for way in ("forward", "backward") if name in sums["gains"] else ():
                 found[name][f"gain_{way}"] = sums[way][name] / sums["gains"][name]
         return dict(found)
-
-    def _hook(self, name: str) -> Callable:
-        def record(module: nn.Module, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
-            if module.training:
-                self._squares[name].append(outputs[0].detach().float().square().mean())
-
-        return record
 
 
 def layer_of(name: str) -> str:

@@ -169,6 +169,8 @@ def _find_start(directory: RunDirectory, settings: Settings, launch: str | None)
         manifest = checkpoint.read_manifest(start)
         settings.plan.check_continues(manifest["step"], manifest["state"].get("history"))
         ended = continues and manifest["step"] >= settings.plan.total_steps and directory.summary.is_file()
+    if ended:
+        directory.check_ended(start, settings.resolved)
     return _Begin(start, overwrite, continues, ended, held)
 
 

@@ -105,7 +105,8 @@ class Recovery:
         # What the weights of other losses, which phases change, don't enter
         loss = record["indexer_kl" if stage.attention_mode == "indexer_warmup" else "lm_loss"]
         last = step < plan.total_steps and _kind(plan.at(step)) != _kind(stage)
-        spike = self.guard.observe(step, loss, record["grad_norm"], not record["skipped"], first_row, last)
+        finite, activations = not record["skipped"], trainer.activations
+        spike = self.guard.observe(step, loss, record["grad_norm"], finite, first_row, last, activations)
         record |= self.figures()
         if record["skipped"]:
             self._note({"step": step, "event": "update skipped", "seen_at": step, "grad_norm": record["grad_norm"]})

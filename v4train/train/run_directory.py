@@ -5,6 +5,7 @@ runs/<name>/  config.yaml  metrics.jsonl  events.jsonl  summary.json  checkpoint
 """
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ ADDED = {"model.tie_embedding": False, "data.recall": None}  # keys that older c
 _FREE_DATA = ("workers", "retries", "verify", "on_error", "weights")
 # What changes speed, not results; and what may change from where a run continues on
 FREE = ("model.attention.query_chunk", *(f"data.{key}" for key in _FREE_DATA))
+BOOKKEEPING = re.compile(  # that no figure depends on
+    r"run\.|tracking\.|checkpoint\.(?!resume)|tokenizer\.cache_dir"
+    r"|train\.(stop_at_step|max_minutes|hang_timeout|profile|sample_\w+|log_every)$"
+)
+# Nor what is in no run's default name, and figures only up to rounding
+ASKED_AGAIN = re.compile(
+    r"checkpoint\.|guard\.(?!anticipat)|parallelism\.|(device|compile)$|train\.(micro_batch_size|recompute|\w+_every|deterministic)$"
+)
 FIND_RUN = "give the folder of a run, runs/NAME, or of one of its checkpoints"
 
 logger = logging.getLogger("v4train")
@@ -112,6 +121,17 @@ class RunDirectory:
         durable.replace(self.config, OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
         if launch is not None:
             durable.replace(self.launch, launch.encode())
+
+    def check_ended(self, start: Path, resolved: dict[str, Any]) -> None:
+        """Of a finished run that is asked for again: raise ConfigError where its figures would be other ones."""
+        saved = _leaves(OmegaConf.create(checkpoint.read_manifest(start)["state"]["config"]), "")
+        for leaf, now in _leaves(OmegaConf.create(resolved), "").items():
+            key = leaf.removeprefix(".")
+            if BOOKKEEPING.match(key) or ASKED_AGAIN.match(key) or key in FREE:
+                continue
+            if leaf in saved and saved[leaf] != now:  # an older version's lacks what is new
+                rule = f"the run that {self.path} holds has finished with {saved[leaf]}"
+                raise ConfigError(key, now, rule, "use another run.name, or run.overwrite=true to train it anew")
 
     def _check_same(self, start: Path, resolved: dict[str, Any]) -> None:
         saved = OmegaConf.create(checkpoint.read_manifest(start)["state"]["config"])

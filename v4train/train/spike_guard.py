@@ -3,13 +3,14 @@
 A step is an outlier if its loss, or the logarithm of its gradient norm, lies far above the median of the steps before
 it, measured by how much one step usually differs from the next: a median too, which outliers hardly move, nor the fall
 of the loss. `patience` of them in a row are a spike, and so is one that lies `severe` times as far out. Of steps whose
-gradient is not finite `max_skipped` in a row are one, or more than `max_skipped_share` of a window. All ranks decide
-alike, because all that is looked at has been summed over all of them.
+gradient is not finite `max_skipped` in a row are one, or more than `max_skipped_share` of a window. A layer makes one
+at once whose output is `activation_margin` larger than in the step before: a broken weight does that, and no batch. All
+ranks decide alike, because all that is looked at has been summed over all of them.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -34,6 +35,7 @@ class GuardConfig:
     loss_margin: float
     gradient_threshold: float
     gradient_margin: float
+    activation_margin: float
     patience: int
     severe: float
     max_skipped: int
@@ -54,7 +56,7 @@ class GuardConfig:
         for key in ("window", "patience", "max_skipped", "snapshot_every", "anticipation_steps"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"guard.{key}", getattr(self, key), "it must be at least 1", "see conf/guard")
-        margins = ("loss_threshold", "loss_margin", "gradient_threshold", "gradient_margin")
+        margins = ("loss_threshold", "loss_margin", "gradient_threshold", "gradient_margin", "activation_margin")
         for key in (*margins, "max_rollbacks", "calm_steps", "anticipation_after"):
             if not getattr(self, key) >= 0:  # NaN too
                 raise ConfigError(f"guard.{key}", getattr(self, key), "it can't be negative", "see conf/guard")
@@ -111,14 +113,22 @@ class SpikeDetector:
         self.reasons: list[str] = []
         self.losses: deque[float] = deque(maxlen=config.window)  # of steps that were no outliers
         self.gradients: deque[float] = deque(maxlen=config.window)  # logarithms of their gradient norms
+        self.scales: dict[str, float] = {}  # logarithm of each layer's RMS, of the last of them
         self.skips: deque[bool] = deque(maxlen=config.window)  # whether each of the last updates was skipped
         self.bad = self.outliers = self.skipped = 0  # in a row, up to now; bad: skipped or an outlier
 
-    def observe(self, loss: float, grad_norm: float, finite: bool, last: bool = False) -> Spike | None:
+    def observe(
+        self,
+        loss: float,
+        grad_norm: float,
+        finite: bool,
+        last: bool = False,
+        activations: Mapping[str, float] | None = None,
+    ) -> Spike | None:
         """What a step's figures mean. finite: the gradient was, and so the update was made.
 
         last: the step after it is of another kind (`settle`), whose figures couldn't confirm a suspicion, so that an
-        outlier is a spike already.
+        outlier is a spike already. activations: root mean square of each layer's output.
         """
         limits, self.reasons = self.config, []
         self.skips.append(not finite)
@@ -126,13 +136,29 @@ class SpikeDetector:
             self.bad, self.skipped = self.bad + 1, self.skipped + 1
             return self._too_many_skipped()
         self.skipped = 0
-        far = self._look(loss, math.log(max(grad_norm, TINY)))
+        scales = {name: math.log(max(scale, TINY)) for name, scale in (activations or {}).items()}
+        broken = self._broken(scales)
+        far = math.inf if broken else self._look(loss, math.log(max(grad_norm, TINY)))
+        if broken:
+            self.reasons.append(broken)
+        else:
+            self.scales = scales
         if self.reasons:
             self.bad, self.outliers = self.bad + 1, self.outliers + 1
             at_once = last or far >= limits.severe
             return Spike(self.bad, " and ".join(self.reasons)) if at_once or self.outliers >= limits.patience else None
         self.bad = self.outliers = 0
         return None
+
+    def _broken(self, scales: Mapping[str, float]) -> str:
+        """Which layer's output has grown too much since the last step, in words; empty if none has."""
+        if len(self.losses) < self.config.min_history:
+            return ""
+        for name, scale in scales.items():
+            before = self.scales.get(name, scale)
+            if not scale - before <= self.config.activation_margin:  # NaN too
+                return f"the output of {name} is {math.exp(scale):.3g} (root mean square) after {math.exp(before):.3g}"
+        return ""
 
     def _too_many_skipped(self) -> Spike | None:
         why = "were skipped for a gradient that is not finite"
@@ -174,6 +200,7 @@ class SpikeDetector:
         """
         self.losses.clear()
         self.gradients.clear()
+        self.scales = {}
 
     def begin_anew(self) -> None:
         """Forget what may have been the beginning of a spike: there is no snapshot from before it."""
@@ -183,12 +210,13 @@ class SpikeDetector:
     def state_dict(self) -> dict[str, Any]:
         names = ("losses", "gradients", "skips")
         counts = {"bad": self.bad, "outliers": self.outliers, "skipped": self.skipped}
-        return {name: list(getattr(self, name)) for name in names} | counts
+        return {name: list(getattr(self, name)) for name in names} | counts | {"scales": dict(self.scales)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         window = self.config.window
         self.losses, self.gradients = deque(state["losses"], maxlen=window), deque(state["gradients"], maxlen=window)
-        self.skips = deque(state.get("skips", []), maxlen=window)  # absent: saved by an older version
+        # Absent: saved by an older version
+        self.skips, self.scales = deque(state.get("skips", []), maxlen=window), dict(state.get("scales", {}))
         self.bad, self.outliers, self.skipped = state["bad"], state["outliers"], state["skipped"]
 
 
@@ -209,16 +237,23 @@ class SpikeGuard:
         self._used: set[int] = set()  # steps gone back to since the last calm stretch
 
     def observe(
-        self, step: int, loss: float, grad_norm: float, finite: bool, first_row: int, last: bool = False
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        finite: bool,
+        first_row: int,
+        last: bool = False,
+        activations: Mapping[str, float] | None = None,
     ) -> Spike | None:
-        """What the figures of step number `step`, which began with row `first_row`, mean. last: of its kind."""
+        """What the figures of step number `step`, which began with row `first_row`, mean. See `SpikeDetector`."""
         self.skipped += not finite
         if not self.config.enabled:
             return None
         if self.rollbacks and step > self._last_spike + self.config.calm_steps:
             self.rollbacks, self._used = 0, set()
         good_before = self.detector.bad == 0
-        spike = self.detector.observe(loss, grad_norm, finite, last)
+        spike = self.detector.observe(loss, grad_norm, finite, last, activations)
         self.outliers += bool(self.detector.reasons)
         if self.detector.bad and good_before:
             self._first_row = first_row

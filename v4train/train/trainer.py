@@ -21,6 +21,7 @@ from v4train.model.losses import Recorded, share
 from v4train.model.moe.balance import relative_loads
 from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
+from v4train.train.activation_scales import ActivationScales
 from v4train.train.balance import Balance, violations
 from v4train.train.distributed import all_max, all_sum, gathered
 from v4train.train.evaluation import Evaluation, RunData
@@ -94,6 +95,8 @@ class Trainer:
         self.times = StepTimes(self.topology.device)
         engine.time_parts(self.times.timed)
         sizes = {name: shape.numel() for name, shape in engine.layout.shapes.items()}
+        self.scales = ActivationScales(model)
+        self.activations: dict[str, float] = {}  # root mean square of each layer's output in the last step
         self.layers = LayerStatistics(model, sizes, self.counts, self.topology.device)
         place = (self.topology.rank, self.topology.world_size)
         self.hang_watch = HangWatch(directory.stacks, *place, self.train.hang_timeout)
@@ -180,7 +183,7 @@ class Trainer:
         self._set_normalisation(batches)
         self.recovery.anticipation.give()
         looks_inside = _due(self.step + 1, self.train.layers_every)
-        with self.layers.measuring() if looks_inside else nullcontext():
+        with self.scales.measuring(), self.layers.measuring() if looks_inside else nullcontext():
             recorded = self.engine.train(batches)
             with self.times.part("optimizer"):
                 result = self.engine.step(self.stage.learning_rate)
@@ -191,8 +194,10 @@ class Trainer:
         by_layer = violations(loads)
         self.step += 1
         times = over_ranks(self.times.take(), time.perf_counter() - started, self.topology.device)
-        inside = {"layers": self.layers.take(), "expert_load": relative_loads(loads)} if looks_inside else {}
         values, data, stopping = self._over_ranks(recorded, stop.requested)
+        inside = {}
+        if looks_inside:
+            inside = {"layers": self.layers.take(self.activations), "expert_load": relative_loads(loads)}
         self.loader.count(data)
         progress = self.loader.progress
         self.interrupted = stopping and self.step < self.last_step
@@ -263,7 +268,10 @@ class Trainer:
         self.heartbeat.beat(self.step, doing)
 
     def _over_ranks(self, recorded: Recorded, stop: bool) -> tuple[dict[str, float], dict[str, float], bool]:
-        """Of a step, over all ranks: what is logged of its losses, the loader's counts, and whether to stop."""
+        """Of a step, over all ranks: what is logged of its losses, the loader's counts, and whether to stop.
+
+        Sets `activations`, too.
+        """
         flags = {"stop": stop, **self.saving.flags()}
         values: dict[Any, Any] = {("flag", name): float(flag) for name, flag in flags.items()}
         values |= {("data", name): count for name, count in self.feed.own_counts().items()}
@@ -271,11 +279,14 @@ class Trainer:
             values |= {(name, "sum"): total for name, total in recorded.sums.items()}
             values |= {(name, "count"): count for name, count in recorded.counts.items()}
             values |= {(name, i): part for name, pair in recorded.shares.items() for i, part in enumerate(pair)}
+            values |= {("activations", name): value for name, value in self.scales.sums().items()}
         differ = self.topology.sizes.tensor * self.topology.sizes.pipeline > 1
         sums = all_sum(values, self.topology.device, same_names=not differ)
         agreed = {name: sums.pop(("flag", name)) > 0 for name in flags}
         self.saving.agreed(agreed)
         data = {name: sums.pop(("data", name)) for name in self.loader.counts}
+        own = [name for kind, name in sums if kind == "activations"]
+        self.activations = self.scales.scales({name: sums.pop(("activations", name)) for name in own})
         means = {name: total / sums[name, "count"] for (name, of), total in sums.items() if of == "sum"}
         parts = {name: part for (name, of), part in sums.items() if of == 0}
         shares = {name: share(part, sums[name, 1]).item() for name, part in parts.items()}
