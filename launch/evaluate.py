@@ -55,6 +55,8 @@ class EvaluateConfig(EvaluationConfig):
                 raise ConfigError(key, getattr(self, key), f"it must be at least {least}", "choose a larger number")
         if self.task_path is not None and not Path(self.task_path).is_dir():
             raise ConfigError("task_path", self.task_path, "there is no such folder", "name one of lm_eval task files")
+        if not (self.tokens or self.recall_rows or self.tasks):
+            raise ConfigError("tokens", self.tokens, "nothing is asked for", "give tokens=, recall_rows= or tasks=")
         if self.task_path is not None and not self.tasks:
             raise ConfigError("task_path", self.task_path, "no task of it is asked for", "give tasks=name,name")
         if self.precision not in PRECISIONS:

@@ -85,6 +85,7 @@ BAD = [
     (["schedule=v4_small", "schedule.phases.9.tokens=5"], "schedule.phases.9.tokens", ["no such entry"]),
     (["schedule=v4_small", "schedule.phases.x=3"], "schedule.phases.x", ["numbered"]),
     (["model.attention_mix.7=csa"], "model.attention_mix.7", ["whole"]),
+    (["optimizer.per_head=3"], "optimizer.per_head", ["true or false"]),
     (["optimizer.betas=[0.9]"], "optimizer.betas", ["two"]),
     (["optimizer.weight_decay=-1"], "optimizer.weight_decay", ["negative"]),
     (["schedule.learning_rate=-1"], "schedule.learning_rate", ["negative"]),

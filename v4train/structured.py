@@ -66,6 +66,10 @@ def _check_keys(kind: type, values: dict[str, Any], prefix: str) -> None:
             near = difflib.get_close_matches(str(key), known, n=1)
             remedy = f"did you mean {_join(prefix, near[0])}?" if near else f"known keys: {', '.join(known)}"
             raise ConfigError(_join(prefix, key), value, "unknown key", remedy)
+        if (
+            known[key] is bool and isinstance(value, int | float) and not isinstance(value, bool)
+        ):  # OmegaConf: 3 is true
+            raise ConfigError(_join(prefix, key), value, "it is true or false", "give one of them")
         if is_dataclass(known[key]) and isinstance(value, dict):
             _check_keys(known[key], value, _join(prefix, key))
     for key in known:

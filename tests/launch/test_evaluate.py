@@ -103,6 +103,7 @@ def test_lm_eval_is_imported_for_tasks_only():
         (["runn=x"], r"runn=x: unknown key; did you mean run\?"),
         (["recall_pair=1"], r"recall_pair=1: unknown key; did you mean recall_pairs\?"),
         (["tokens=-1"], "tokens=-1: it can't be negative"),
+        (["tokens=0", "recall_rows=0"], "tokens=0: nothing is asked for"),
         (["recall_pairs=0"], "recall_pairs=0: at least 1"),
         (["recall_distances=[-4]"], r"recall_distances=\[-4\]: each is at least 1"),
         (["recall_distances=[a]"], "recall_distances.*=.*Integer"),

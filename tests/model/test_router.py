@@ -86,7 +86,7 @@ def test_gpt_oss_routing_is_a_softmax_over_the_chosen_logits():
 
 
 def test_hashed_tokens_take_their_row_of_the_table():
-    router = filled(HashRouter(config_of()))
+    router = filled(HashRouter(config_of(), Losses()))
     router.table.copy_(balanced_table(64, EXPERTS, TOP_K, torch.Generator().manual_seed(0)))
     x, tokens, chosen, weights = route(router)
     for b in range(2):
@@ -255,13 +255,17 @@ def test_repeated_updates_balance_a_router():
 
 
 def test_routers_of_a_model():
-    """One of each score-routed layer and one of MTP; hash-routed layers have none."""
+    """One of each score-routed layer and one of MTP; those of hash-routed layers are apart, and count too."""
     model = random_model(tiny_config("swa csa hca", moe__num_hash_layers=2))
     assert list(model.routers()) == ["blocks.2.ffn.router", "mtp.block.ffn.router"]
     tokens, ids, targets = batch_of([9, -3, 14], [26])
     model(tokens, ids, targets)
     loads = [router.take_load() for router in model.routers().values()]
     assert [load.sum().item() for load in loads] == [49 * 2, (8 + 13 + 25) * 2]  # MTP: tokens whose next is known
+    assert list(model.hash_routers()) == ["blocks.0.ffn.router", "blocks.1.ffn.router"]
+    for router in model.hash_routers().values():
+        expected = torch.bincount(router.table[tokens[ids >= 0]].flatten(), minlength=EXPERTS)
+        assert torch.equal(router.take_load(), expected) and router.take_load().sum() == 0
 
 
 def test_experts_that_were_chosen_beforehand():

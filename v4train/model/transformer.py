@@ -23,7 +23,7 @@ from v4train.model.embedding import Embedding
 from v4train.model.head import Head
 from v4train.model.init import initialise
 from v4train.model.losses import Losses
-from v4train.model.moe.router import ScoreRouter
+from v4train.model.moe.router import HashRouter, ScoreRouter
 from v4train.model.mtp import MTP, next_tokens
 from v4train.model.rules import ATTENTION_MODES, RECOMPUTE_LEVELS
 from v4train.model.seams import Seams
@@ -193,6 +193,10 @@ class Transformer(nn.Module):
     def routers(self) -> dict[str, ScoreRouter]:
         """Score-routed routers by name: their loads and selection biases are the trainer's to update."""
         return {name: module for name, module in self.named_modules() if isinstance(module, ScoreRouter)}
+
+    def hash_routers(self) -> dict[str, HashRouter]:
+        """Hash-routed routers by name: nothing of theirs moves with their loads."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, HashRouter)}
 
 
 def build_model(config: DictConfig | ModelConfig) -> Transformer:

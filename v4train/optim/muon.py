@@ -98,7 +98,7 @@ def muon_updates(
 
     gradients, momenta: `[..., n, m]`; each momentum is changed in place to M = beta M + G, gradients are left alone.
     O = NewtonSchulz(beta M + G) * sqrt(max(n, m)) * update_rms, so a full-rank update has that root mean square.
-    Matrices of equal shape, of any tensor, go through the iteration together, so many elements at a time as BATCH says.
+    Matrices of equal shape, of any tensor, go through the iteration together, as many tensors at a time as BATCH holds.
     """
     stacks: list[list[Tensor]] = []
     for gradient, momentum, of in zip(gradients, momenta, matrices, strict=True):

@@ -22,7 +22,7 @@ from v4train.model.moe.balance import relative_loads
 from v4train.parallel.engine import Engine
 from v4train.train import checkpoint
 from v4train.train.activation_scales import ActivationScales
-from v4train.train.balance import Balance, violations
+from v4train.train.balance import Balance
 from v4train.train.distributed import all_max, all_sum, gathered
 from v4train.train.evaluation import Evaluation, RunData
 from v4train.train.feed import Feed
@@ -191,7 +191,6 @@ class Trainer:
             logger.warning("step %d: the gradient is not finite; the update is skipped", self.step + 1)
         learning = result.finite and self.stage.attention_mode != "indexer_warmup"  # the routers too
         loads = self.balance.update(self.stage.bias_update_speed if learning else 0.0)
-        by_layer = violations(loads)
         self.step += 1
         times = over_ranks(self.times.take(), time.perf_counter() - started, self.topology.device)
         values, data, stopping = self._over_ranks(recorded, stop.requested)
@@ -212,8 +211,7 @@ class Trainer:
             "tokens_per_second": self.stage.tokens / seconds,
             "mfu": self.stage.tokens / seconds * self.flops_per_token / self.peak_flops,
             "memory_gib": all_max(_peak_memory_gib(self.topology.device), self.topology.device),
-            "max_violation": max(by_layer.values(), default=0.0),
-            "max_violation_by_layer": by_layer,
+            **self.balance.figures(loads),
             "phase": self.stage.index,
             "phase_name": self.stage.name,
             "attention_mode": self.stage.attention_mode,

@@ -26,7 +26,7 @@ class MoE(nn.Module):
         super().__init__()
         moe = config.moe
         self.num_experts = moe.num_experts
-        self.router = HashRouter(config) if hashed else ScoreRouter(config, losses, num_score_routers(config))
+        self.router = HashRouter(config, losses) if hashed else ScoreRouter(config, losses, num_score_routers(config))
         self.experts = Experts(config)
         self.shared = None
         if moe.num_shared_experts:

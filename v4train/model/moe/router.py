@@ -52,7 +52,30 @@ def router_scores(x: Tensor, weight: Tensor, logit_bias: Tensor | None, scoring:
         return affinities(F.linear(full(x), full(weight), None if logit_bias is None else full(logit_bias)), scoring)
 
 
-class ScoreRouter(nn.Module):
+class Router(nn.Module):
+    """Gate weights of all experts [E, M], and a count of the tokens that were sent to each."""
+
+    def __init__(self, config: ModelConfig, losses: Losses) -> None:
+        super().__init__()
+        self.options, self.losses = config.moe, losses
+        self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
+        self.load: Tensor | None = None  # [E] tokens sent to each expert since `take_load`
+
+    def count(self, chosen: Tensor, valid: Tensor) -> None:
+        """Add the tokens of a training pass that are `valid` [B, S]: padding is not counted, nor a recomputation."""
+        if not self.losses.recording:
+            return
+        counts = torch.bincount(chosen[valid].flatten(), minlength=self.options.num_experts)
+        self.load = counts if self.load is None else self.load + counts
+
+    def take_load(self) -> Tensor:
+        """Tokens sent to each expert since the last call, [E] int64."""
+        none = torch.zeros(self.options.num_experts, dtype=torch.long, device=self.weight.device)
+        load, self.load = none if self.load is None else self.load, None
+        return load
+
+
+class ScoreRouter(Router):
     """Top-K of affinity + bias. The bias only selects; it is moved against the load after each step (loss-free).
 
     `coming` holds experts [B, S, K] that were chosen beforehand, int16 on the CPU, one tensor for each of the next
@@ -62,13 +85,10 @@ class ScoreRouter(nn.Module):
     seams = Seams()
 
     def __init__(self, config: ModelConfig, losses: Losses, num_routers: int) -> None:
-        super().__init__()
-        self.options, self.losses = config.moe, losses
+        super().__init__(config, losses)
         self.loss_share = 1 / num_routers  # the balance loss is the mean over score-routed layers
-        self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
         self.logit_bias = nn.Parameter(torch.empty(config.moe.num_experts)) if config.moe.router_bias else None
         self.register_buffer("bias", torch.empty(config.moe.num_experts, dtype=torch.float32))
-        self.load: Tensor | None = None  # [E] tokens sent to each expert since `take_load`
         self.coming: deque[Tensor] = deque()
 
     def forward(
@@ -85,23 +105,11 @@ class ScoreRouter(nn.Module):
         weights = gates(scores, chosen, self.options.routed_scaling_factor)
         if self.training:
             valid = document_ids >= 0
-            self._count(chosen, valid)
+            self.count(chosen, valid)
             balance = sequence_balance_loss(scores, self.options.top_k, valid, self.seams.sequence)
             weight = self.losses.balance_weight * self.loss_share
             weights = self.losses.attach(weights, "balance_loss", balance, weight)
         return chosen, weights
-
-    def _count(self, chosen: Tensor, valid: Tensor) -> None:
-        if not self.losses.recording:
-            return
-        counts = torch.bincount(chosen[valid].flatten(), minlength=self.options.num_experts)
-        self.load = counts if self.load is None else self.load + counts
-
-    def take_load(self) -> Tensor:
-        """Tokens sent to each expert since the last call, [E] int64; padding is not counted."""
-        load = torch.zeros_like(self.bias, dtype=torch.long) if self.load is None else self.load
-        self.load = None
-        return load
 
     @torch.no_grad()
     def update_bias(self, load: Tensor, speed: float) -> None:
@@ -110,19 +118,19 @@ class ScoreRouter(nn.Module):
         self.bias += speed * torch.sign(load.mean() - load)
 
 
-class HashRouter(nn.Module):
+class HashRouter(Router):
     """Experts fixed by token id; the weight is trained all the same, since it gives the gate values."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.options = config.moe
-        self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
+    def __init__(self, config: ModelConfig, losses: Losses) -> None:
+        super().__init__(config, losses)
         self.register_buffer("table", torch.empty(config.vocab_size, config.moe.top_k, dtype=torch.long))
 
     def forward(self, x: Tensor, input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Experts [B, S, K] int64 and their weights [B, S, K] fp32 for hidden states [B, S, M]."""
         scores = router_scores(x, self.weight, None, self.options.scoring)
         chosen = self.table[input_ids]
+        if self.training:
+            self.count(chosen, document_ids >= 0)
         return chosen, gates(scores, chosen, self.options.routed_scaling_factor)
 
 
