@@ -20,7 +20,9 @@ def test_what_deepspeed_refuses_is_one_line(options, says):
     assert str(caught.value).startswith(f"parallelism.deepspeed.zero_optimization.{says}")
 
 
-@pytest.mark.parametrize("extra", [{}, {"comms_logger": {}}, {"zero_optimization": {"overlap_comm": True}}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"zero_optimization": None}, {"comms_logger": {}}, {"zero_optimization": {"overlap_comm": True}}]
+)
 def test_what_it_takes_passes(extra):
     for stage in range(4):
         check_zero_options(extra, stage)

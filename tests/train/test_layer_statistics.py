@@ -74,6 +74,8 @@ def test_nothing_is_left_behind(alone):
     keys = [key for key in TINY if key.startswith("model.")]
     model = build_model(load([*keys, "tokenizer.vocab_size=320"]).model)
     statistics = LayerStatistics(model, {}, True, torch.device("cpu"))
-    with ActivationScales(model).measuring(), statistics.measuring():
-        pass
+    with ActivationScales(model).measuring():
+        assert all(hook.passes_on for block in model.blocks for hook in block._forward_hooks.values())
+        with statistics.measuring():
+            pass
     assert not any(block._forward_hooks for block in model.blocks)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from v4train.launching.local import cores
 from v4train.train.allocator import tuned_environment
 
@@ -45,6 +47,11 @@ def _ended(command: list[str], environment: dict[str, str]) -> subprocess.Comple
             said = launcher.communicate(timeout=TIME_LIMIT)
         except subprocess.TimeoutExpired as error:
             launcher.terminate()  # it hands this on to the ranks, which a SIGKILL of its own would leave behind
+            try:
+                launcher.wait(30)
+            except subprocess.TimeoutExpired:
+                for process in (*psutil.Process(launcher.pid).children(recursive=True), launcher):
+                    process.kill()
             raise RuntimeError(f"the ranks took longer than {TIME_LIMIT} s") from error
     return subprocess.CompletedProcess(command, launcher.returncode, *said)
 

@@ -62,11 +62,14 @@ def check_zero_options(extra: Mapping[str, Any], zero_stage: int) -> None:
     from pydantic import ValidationError
 
     try:
-        DeepSpeedZeroConfig(**extra.get("zero_optimization", {}), stage=zero_stage)
+        DeepSpeedZeroConfig(**(extra.get("zero_optimization") or {}), stage=zero_stage)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(["parallelism.deepspeed.zero_optimization", *map(str, first["loc"])])
         raise ConfigError(key, first["input"], f"DeepSpeed: {first['msg']}", "see its zero_optimization") from error
+    except AssertionError as error:  # of keys that DeepSpeed has given other names
+        key, options = "parallelism.deepspeed.zero_optimization", extra["zero_optimization"]
+        raise ConfigError(key, options, f"DeepSpeed: {error}", "see its zero_optimization") from error
 
 
 def deepspeed_config(

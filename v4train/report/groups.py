@@ -59,16 +59,16 @@ class Group:
 def groups_of(runs: list[Run]) -> list[Group]:
     """The runs by their configuration but for seeds and what changes no figure, in the order of each one's first.
 
-    Those that have come less far than others of the configuration are groups of their own.
+    Those that have not finished, and have come less far than others of the configuration, are groups of their own.
     """
-    found: dict[tuple[str, int], list[Run]] = defaultdict(list)
+    found: dict[tuple[str, int | None], list[Run]] = defaultdict(list)
     furthest: dict[str, int] = defaultdict(int)
     for run in runs:
         own = leaves(run.config).items()
         kept = repr([(key, value) for key, value in own if key not in SEEDS and not BOOKKEEPING.match(key)])
-        found[kept, run.end].append(run)
+        found[kept, None if run.finished else run.end].append(run)
         furthest[kept] = max(furthest[kept], run.end)
-    return [Group(_name(of[0], end < furthest[kept]), of) for (kept, end), of in found.items()]
+    return [Group(_name(of[0], end is not None and end < furthest[kept]), of) for (kept, end), of in found.items()]
 
 
 def _name(run: Run, unfinished: bool) -> str:

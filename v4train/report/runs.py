@@ -29,6 +29,7 @@ class Run:
     samples: str
     evaluations: tuple[dict[str, Any], ...] = ()
     incidents: tuple[dict[str, Any], ...] = ()
+    finished: bool = False
 
     @cached_property
     def clock(self) -> Curve:
@@ -105,4 +106,13 @@ def read_run(path: Path) -> Run:
     validations = [record for record in records if "val_loss" in record]
     evaluations = tuple(record for record in records if any(key.startswith("eval/") for key in record))
     incidents = tuple(read_metrics(directory.events)) if directory.events.is_file() else ()
-    return Run(config["run"]["name"], config, steps, validations, samples.rstrip("\n"), evaluations, incidents)
+    return Run(
+        config["run"]["name"],
+        config,
+        steps,
+        validations,
+        samples.rstrip("\n"),
+        evaluations,
+        incidents,
+        directory.summary.is_file(),
+    )

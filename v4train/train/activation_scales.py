@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from v4train.model import Transformer
+from v4train.model.recompute import passes_on
 
 
 class ActivationScales:
@@ -50,4 +51,4 @@ class ActivationScales:
                 norm = torch.linalg.vector_norm(streams, dtype=torch.float32)
                 self._squares[name].append(norm.square() / streams.numel())
 
-        return record
+        return passes_on(record)

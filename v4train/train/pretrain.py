@@ -123,7 +123,7 @@ class _Begin(NamedTuple):
     overwrite: bool
     continues: bool
     ended: bool
-    held: tuple[tuple[str, int], ...]
+    held: tuple[int, list[str]]
 
 
 def _data_of_all_ranks(settings: Settings, reader: checkpoint.Reader | None) -> RunData:

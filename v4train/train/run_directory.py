@@ -103,10 +103,13 @@ class RunDirectory:
             return False
         return OmegaConf.is_dict(saved) and {"run", "model", "train", "checkpoint"} <= saved.keys()
 
-    def holds(self) -> tuple[tuple[str, int], ...]:
-        """What another job would change, by name and time: the settings, which all write anew, and checkpoints."""
-        files = sorted((self.config, *self.checkpoints.glob("step_*")))
-        return tuple((path.name, path.stat().st_mtime_ns) for path in files if path.exists())
+    def holds(self) -> tuple[int, list[str]]:
+        """What another job would change: when the settings were written, as all do, and names of checkpoints."""
+        try:
+            written = self.config.stat().st_mtime_ns
+        except FileNotFoundError:
+            written = 0
+        return written, sorted(path.name for path in self.checkpoints.glob("step_*"))
 
     def prepare(self, overwrite: bool, resolved: dict[str, Any], launch: str | None = None) -> None:
         """Make the folder, empty if `overwrite`, and write config.yaml and who has begun it (`begun_by`).
@@ -127,7 +130,8 @@ class RunDirectory:
         saved = _leaves(OmegaConf.create(checkpoint.read_manifest(start)["state"]["config"]), "")
         for leaf, now in _leaves(OmegaConf.create(resolved), "").items():
             key = leaf.removeprefix(".")
-            if BOOKKEEPING.match(key) or ASKED_AGAIN.match(key) or key in FREE:
+            unused = key.startswith("evaluation.") and not resolved["train"]["evaluate_every"]
+            if unused or BOOKKEEPING.match(key) or ASKED_AGAIN.match(key) or key in FREE:
                 continue
             if leaf in saved and saved[leaf] != now:  # an older version's lacks what is new
                 rule = f"the run that {self.path} holds has finished with {saved[leaf]}"

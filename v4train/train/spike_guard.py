@@ -4,8 +4,8 @@ A step is an outlier if its loss, or the logarithm of its gradient norm, lies fa
 it, measured by how much one step usually differs from the next: a median too, which outliers hardly move, nor the fall
 of the loss. `patience` of them in a row are a spike, and so is one that lies `severe` times as far out. Of steps whose
 gradient is not finite `max_skipped` in a row are one, or more than `max_skipped_share` of a window. A layer makes one
-at once whose output is `activation_margin` larger than in the step before: a broken weight does that, and no batch. All
-ranks decide alike, because all that is looked at has been summed over all of them.
+at once whose output is `activation_margin` larger than in any of the last `min_history` steps: a weight is broken.
+All ranks decide alike, because all that is looked at has been summed over all of them.
 """
 
 import math
@@ -113,7 +113,7 @@ class SpikeDetector:
         self.reasons: list[str] = []
         self.losses: deque[float] = deque(maxlen=config.window)  # of steps that were no outliers
         self.gradients: deque[float] = deque(maxlen=config.window)  # logarithms of their gradient norms
-        self.scales: dict[str, float] = {}  # logarithm of each layer's RMS, of the last of them
+        self.scales: deque[dict[str, float]] = deque(maxlen=config.min_history)  # logarithms of their layers' RMS
         self.skips: deque[bool] = deque(maxlen=config.window)  # whether each of the last updates was skipped
         self.bad = self.outliers = self.skipped = 0  # in a row, up to now; bad: skipped or an outlier
 
@@ -141,8 +141,8 @@ class SpikeDetector:
         far = math.inf if broken else self._look(loss, math.log(max(grad_norm, TINY)))
         if broken:
             self.reasons.append(broken)
-        else:
-            self.scales = scales
+        elif not self.reasons:
+            self.scales.append(scales)
         if self.reasons:
             self.bad, self.outliers = self.bad + 1, self.outliers + 1
             at_once = last or far >= limits.severe
@@ -151,11 +151,12 @@ class SpikeDetector:
         return None
 
     def _broken(self, scales: Mapping[str, float]) -> str:
-        """Which layer's output has grown too much since the last step, in words; empty if none has."""
-        if len(self.losses) < self.config.min_history:
+        """Which layer's output is too large beside the last steps' largest, in words; empty if none is, or while there
+        are too few steps: in a run's first ones layers may grow as fast."""
+        if len(self.scales) < self.config.min_history or not self.config.activation_margin:
             return ""
         for name, scale in scales.items():
-            before = self.scales.get(name, scale)
+            before = max(of.get(name, scale) for of in self.scales)
             if not scale - before <= self.config.activation_margin:  # NaN too
                 return f"the output of {name} is {math.exp(scale):.3g} (root mean square) after {math.exp(before):.3g}"
         return ""
@@ -200,7 +201,7 @@ class SpikeDetector:
         """
         self.losses.clear()
         self.gradients.clear()
-        self.scales = {}
+        self.scales.clear()
 
     def begin_anew(self) -> None:
         """Forget what may have been the beginning of a spike: there is no snapshot from before it."""
@@ -208,15 +209,16 @@ class SpikeDetector:
         self.skips.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("losses", "gradients", "skips")
+        names = ("losses", "gradients", "scales", "skips")
         counts = {"bad": self.bad, "outliers": self.outliers, "skipped": self.skipped}
-        return {name: list(getattr(self, name)) for name in names} | counts | {"scales": dict(self.scales)}
+        return {name: list(getattr(self, name)) for name in names} | counts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         window = self.config.window
         self.losses, self.gradients = deque(state["losses"], maxlen=window), deque(state["gradients"], maxlen=window)
         # Absent: saved by an older version
-        self.skips, self.scales = deque(state.get("skips", []), maxlen=window), dict(state.get("scales", {}))
+        self.skips = deque(state.get("skips", []), maxlen=window)
+        self.scales = deque(state.get("scales", []), maxlen=self.config.min_history)
         self.bad, self.outliers, self.skipped = state["bad"], state["outliers"], state["skipped"]
 
 
