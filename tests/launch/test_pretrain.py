@@ -75,8 +75,8 @@ def test_every_line_of_the_metrics_has_the_promised_keys(finished):
     assert all(key in record for record in steps for key in keys)
     for record in steps:  # the first layer's experts are hashed
         by_layer = record["max_violation_by_layer"]
-        assert list(by_layer) == ["blocks.1", "blocks.2", "mtp"]
-        assert record["max_violation"] == max(by_layer.values()) > 0
+        assert list(by_layer) == ["blocks.0", "blocks.1", "blocks.2", "mtp"]
+        assert record["max_violation"] == max(by_layer[name] for name in ("blocks.1", "blocks.2", "mtp")) > 0
     assert steps[-1]["tokens"] == STEPS * 4 * 96
     assert steps[-1]["data_tokens"] == {"text": round(STEPS * 4 * 96 * (1 - steps[-1]["padding"]))}
     assert len({record["data_hash"] for record in steps}) == STEPS
