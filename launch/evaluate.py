@@ -39,10 +39,6 @@ class EvaluateConfig(EvaluationConfig):
     out: str | None
     sequence_length: int | None
     batch_size: int
-    tasks: list[str]
-    task_path: str | None
-    few_shot: int | None
-    task_limit: int | None
     device: str
     precision: str
 
@@ -50,15 +46,11 @@ class EvaluateConfig(EvaluationConfig):
         super().__post_init__()
         if self.run is None:
             raise ConfigError("run", "missing", "nothing says what to evaluate", "give run=runs/NAME")
-        for key, least in (("sequence_length", 2), ("batch_size", 1), ("task_limit", 1), ("few_shot", 0)):
+        for key, least in (("sequence_length", 2), ("batch_size", 1)):
             if getattr(self, key) is not None and getattr(self, key) < least:
                 raise ConfigError(key, getattr(self, key), f"it must be at least {least}", "choose a larger number")
-        if self.task_path is not None and not Path(self.task_path).is_dir():
-            raise ConfigError("task_path", self.task_path, "there is no such folder", "name one of lm_eval task files")
         if not (self.tokens or self.recall_rows or self.tasks):
             raise ConfigError("tokens", self.tokens, "nothing is asked for", "give tokens=, recall_rows= or tasks=")
-        if self.task_path is not None and not self.tasks:
-            raise ConfigError("task_path", self.task_path, "no task of it is asked for", "give tasks=name,name")
         if self.precision not in PRECISIONS:
             raise ConfigError("precision", self.precision, "unknown precision", f"use one of {', '.join(PRECISIONS)}")
         self.device = checked_device(self.device)

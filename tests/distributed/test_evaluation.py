@@ -1,11 +1,14 @@
 """`train.evaluate_every` on every layout: the figures are those of one process."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import launch
+from tests.distributed.launch import ROOT, launch
 from tests.runs import tiny
 from v4train.train.metrics import read_metrics
 
@@ -21,6 +24,18 @@ COMMON = [
     "model.attention.o_groups=4",
     "model.attention.indexer.num_heads=4",
 ]
+TASK = """
+task: choose
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: 1
+num_fewshot: 0
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}, {{metric: brier_score}}]
+"""
 LAYOUTS = {
     "context": ["parallelism=context", "parallelism.zero_stage=3", "parallelism.expert=2"],
     "tensor": ["parallelism=tensor"],
@@ -33,7 +48,8 @@ def figures(base: Path, ranks: int, name: str, layout: list[str]) -> dict[str, f
     folder = base / f"launch_{name}"
     folder.mkdir()
     path = folder / "jobs.json"
-    path.write_text(json.dumps([tiny(base, name, *COMMON, *layout)]))
+    tasks = ["evaluation.tasks=[choose]", f"evaluation.task_path={base / 'tasks'}"]
+    path.write_text(json.dumps([tiny(base, name, *COMMON, *tasks, *layout)]))
     launch("tests.distributed.training_worker", ranks, [str(path), str(folder), "even"], folder, timeout=100)
     records = read_metrics(base / name / "metrics.jsonl")
     (found,) = (record for record in records if "eval/bits_per_byte" in record)
@@ -42,7 +58,13 @@ def figures(base: Path, ranks: int, name: str, layout: list[str]) -> dict[str, f
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("evaluation")
+    base = tmp_path_factory.mktemp("evaluation")
+    folder = base / "tasks"
+    folder.mkdir()
+    lines = [json.dumps({"question": f"def f{i}(", "choices": ["a, b):", "x" * (i + 1), ")"]}) for i in range(7)]
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    (folder / "choose.yaml").write_text(TASK.format(path=folder / "questions.jsonl"))
+    return base
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +72,20 @@ def expected(base) -> dict[str, float]:
     return figures(base, 1, "single", ["parallelism=single"])
 
 
+def test_tasks_are_those_of_the_checkpoint(base, expected):
+    """As launch/evaluate.py asks it, in batches that are no longer than they need be."""
+    found, program = base / "asked.json", [sys.executable, str(ROOT / "launch" / "evaluate.py")]
+    asked = [f"run={base / 'single'}", "tasks=choose", f"task_path={base / 'tasks'}", "tokens=0", "recall_rows=0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*program, *asked, f"out={found}"], check=True, capture_output=True, timeout=100, env=environment)
+    tasks = json.loads(found.read_text())["tasks"]["choose"]
+    assert {"acc", "acc_norm", "brier_score"} <= tasks.keys()
+    own = {key.removeprefix("eval/tasks/choose/"): value for key, value in expected.items() if "/tasks/" in key}
+    assert own == pytest.approx(tasks, rel=1e-5)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_figures_are_those_of_one_process(base, expected, name):
-    assert len(expected) == 8 and expected["eval/bits_per_byte"] > 1
+    assert len([key for key in expected if "/tasks/" not in key]) == 8 and expected["eval/bits_per_byte"] > 1
     assert figures(base, 2, name, LAYOUTS[name]) == pytest.approx(expected, rel=1e-6)

@@ -167,6 +167,19 @@ def test_a_task_that_cannot_be_asked_is_refused_in_one_line(tasks, there, instea
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_a_task_that_wants_text_is_refused_where_nothing_generates(tasks, monkeypatch):
+    """Behind one whose likelihoods lm_eval wants first, too."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tasks[0] / "cache"))
+    text = (tasks[0] / "text.yaml").read_text()
+    kept = [line for line in text.splitlines() if line.startswith(("dataset_", "test_split"))]
+    own = ["task: write", *kept, "output_type: generate_until", "doc_to_text: 'a'", "doc_to_target: 'b'"]
+    (tasks[0] / "write.yaml").write_text("\n".join([*own, "metric_list: [{metric: exact_match}]"]))
+    check_tasks(["choose", "write"], str(tasks[0]), None)
+    check_tasks(["choose", "text"], str(tasks[0]), None, generates=False)
+    with pytest.raises(ConfigError, match="^evaluation.tasks=choose,write: one of them wants text to be generated"):
+        check_tasks(["choose", "write"], str(tasks[0]), None, generates=False, key="evaluation.tasks")
+
+
 def test_unknown_tasks_are_refused(asked, tasks):
     with pytest.raises(ConfigError, match="^tasks=nope: no task file under .* has that name; there are choose, text"):
         run_tasks(asked, ["choose", "nope"], str(tasks[0]), None, None)

@@ -1,6 +1,7 @@
-"""Config group `evaluation`: what is measured on our own rows."""
+"""Config group `evaluation`: what is measured on our own rows, and lm_eval's tasks."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from v4train.data.recall import RecallConfig
@@ -20,11 +21,25 @@ class EvaluationConfig:
     recall_keys: int
     recall_values: int
     seed: int
+    tasks: list[str]
+    task_path: str | None
+    few_shot: int | None
+    task_limit: int | None
 
     def __post_init__(self) -> None:
         for key in ("tokens", "recall_rows", "seed"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{self.PREFIX}{key}", getattr(self, key), "it can't be negative", "use 0 for none")
+        for key, least in (("task_limit", 1), ("few_shot", 0)):
+            if getattr(self, key) is not None and getattr(self, key) < least:
+                rule = f"it must be at least {least}"
+                raise ConfigError(f"{self.PREFIX}{key}", getattr(self, key), rule, "choose a larger number")
+        if self.task_path is not None and not Path(self.task_path).is_dir():
+            remedy = "name one of lm_eval task files"
+            raise ConfigError(f"{self.PREFIX}task_path", self.task_path, "there is no such folder", remedy)
+        if self.task_path is not None and not self.tasks:
+            remedy = f"give {self.PREFIX}tasks=[name,name]"
+            raise ConfigError(f"{self.PREFIX}task_path", self.task_path, "no task of it is asked for", remedy)
         RecallConfig(self.recall_distances or [], **self.recall_sizes)
 
     @property

@@ -37,13 +37,23 @@ class HarnessModel(TemplateLM):
 
     Every text begins with BOS, as in training. What doesn't fit into `max_length` tokens of context is cut off at the
     left.
+
+    Args:
+        model: that generates; without one nothing can.
+        even: batches are all [batch_size, max_length], as some layouts want them.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, scores_of: Scorer, max_length: int, batch_size: int
+        self,
+        model: Transformer | None,
+        tokenizer: Tokenizer,
+        scores_of: Scorer,
+        max_length: int,
+        batch_size: int,
+        even: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.text = model, tokenizer
+        self.model, self.text, self.even = model, tokenizer, even
         self.scores_of, self.max_length, self.batch_size = scores_of, max_length, batch_size
 
     @property
@@ -72,9 +82,12 @@ class HarnessModel(TemplateLM):
         for first in range(0, len(order), self.batch_size):
             chosen = order[first : first + self.batch_size]
             rows = [self._row(*requests[i][1:]) for i in chosen]
-            length = max(len(row.input_ids) for row in rows)
-            scores = self.scores_of(stack_rows(_padded(row, length, self.text.pad_id) for row in rows))
-            for i, nats, likeliest, counted in zip(chosen, *scores, strict=True):
+            length = self.max_length if self.even else max(len(row.input_ids) for row in rows)
+            rows = [_padded(row, length, self.text.pad_id) for row in rows]
+            if self.even:
+                rows += [padding_row(length, self.text.pad_id)] * (self.batch_size - len(rows))
+            scores = self.scores_of(stack_rows(rows))
+            for i, nats, likeliest, counted in zip(chosen, *(of[: len(chosen)] for of in scores), strict=True):
                 found[i] = (-float(nats[counted].double().sum()), bool(likeliest[counted].all()))
         return found
 
@@ -127,48 +140,78 @@ class _Asked(Exception):
     """All questions are there."""
 
 
+class _Generates(Exception):
+    """A task wants text, where there is nothing that generates."""
+
+
 class _Asking(LM):
-    """Has no answers: lm_eval has made the requests of all tasks when it comes for the first one."""
+    """Has no answers: lm_eval has made the requests of all tasks when it comes for the first one.
+
+    generates: false where no task may want text; likelihoods, which lm_eval may want first, are made up then.
+    """
+
+    def __init__(self, generates: bool) -> None:
+        super().__init__()
+        self.generates = generates
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        raise _Asked
+        if self.generates:
+            raise _Asked
+        return [(-1.0, False)] * len(requests)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        raise _Asked
+        if self.generates:
+            raise _Asked
+        return [-1.0] * len(requests)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        raise _Asked
+        raise _Asked if self.generates else _Generates
 
 
-def check_tasks(names: list[str], folder: str | None, few_shot: int | None) -> None:
+def check_tasks(
+    names: list[str], folder: str | None, few_shot: int | None, generates: bool = True, key: str = "tasks"
+) -> None:
     """Make the first request of each, without a model; arguments as of `run_tasks`.
 
     Raises:
-        ConfigError: a name that isn't known, or a task that can't be loaded or asked.
+        ConfigError: (`key`) a name that isn't known, a task that can't be loaded or asked, or one that wants text where
+            nothing `generates`.
     """
     try:
-        run_tasks(_Asking(), names, folder, few_shot, 1)
+        run_tasks(_Asking(generates), names, folder, few_shot, 1, key=key)
     except _Asked:
         return
+    except _Generates as error:
+        rule = "one of them wants text to be generated, and while a model is trained none is"
+        raise ConfigError(key, ",".join(names), rule, "ask it of a checkpoint: launch/evaluate.py tasks=") from error
     except ConfigError:
         raise
     except Exception as error:  # whatever comes from a task's file, from its data or from code of its own
         text = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = "mend their files, or see that their data can be read"
-        raise ConfigError("tasks", ",".join(names), f"lm_eval can't ask them ({text})", remedy) from error
+        raise ConfigError(key, ",".join(names), f"lm_eval can't ask them ({text})", remedy) from error
 
 
 def run_tasks(
-    model: LM, names: list[str], folder: str | None, few_shot: int | None, limit: int | None
+    model: LM,
+    names: list[str],
+    folder: str | None,
+    few_shot: int | None,
+    limit: int | None,
+    key: str = "tasks",
 ) -> dict[str, dict[str, float]]:
     """{task: {metric: value}}; names of metrics as lm_eval gives them, standard errors as `<metric>_stderr`.
+
+    Of the ranks of a machine lm_eval gives them to the first one only: {} on others.
 
     Args:
         names: of tasks, groups or tags.
         folder: of task files; None for those that lm_eval comes with.
 
+    No random state of this process changes.
+
     Raises:
-        ConfigError: a name that isn't known.
+        ConfigError: (`key`) a name that isn't known.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -177,7 +220,7 @@ def run_tasks(
     if unknown:
         known = ", ".join(manager.all_tasks[:20])
         rule = "lm_eval has no such task" if folder is None else f"no task file under {folder} has that name"
-        raise ConfigError("tasks", ",".join(unknown), rule, f"there are {known}" if known else "add a task file")
+        raise ConfigError(key, ",".join(unknown), rule, f"there are {known}" if known else "add a task file")
     with torch.no_grad():
         found = evaluator.simple_evaluate(
             model,
@@ -187,8 +230,11 @@ def run_tasks(
             limit=limit,
             bootstrap_iters=0,
             log_samples=False,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
         )
-    return {name: _numbers(values) for name, values in found["results"].items()}
+    return {name: _numbers(values) for name, values in found["results"].items()} if found else {}
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -65,3 +65,5 @@ def flat(found: dict[str, Any]) -> Iterator[tuple[str, float]]:
         for of in text["by_position"]:
             yield f"eval/bits_per_byte_at/{of['start']}", of["bits_per_byte"]
     yield from ((f"eval/recall/{of['distance']}", of["accuracy"]) for of in found.get("recall", []))
+    for task, metrics in found.get("tasks", {}).items():
+        yield from ((f"eval/tasks/{task}/{metric}", value) for metric, value in metrics.items())

@@ -12,7 +12,7 @@ from v4train.data.packing import IGNORED_TARGET
 from v4train.evaluation.measure import flat, measure, recall_task
 from v4train.evaluation.scores import Scores
 from v4train.parallel.engine import Engine
-from v4train.train.distributed import all_sum_tensor
+from v4train.train.distributed import all_sum_tensor, gathered
 from v4train.train.phases import Stage
 
 
@@ -39,6 +39,10 @@ def find_data(settings: Settings) -> RunData:
         recall_task(settings.evaluation, corpus, tokenizer, min(lengths))
         if (wanted := settings.evaluation.held_out_tokens(validated)) != validated:
             _, evaluated = load_data(settings.data, settings.tokenizer, wanted)
+        if (config := settings.evaluation).tasks:
+            from v4train.evaluation.harness import check_tasks  # lm_eval may be missing, and takes seconds
+
+            check_tasks(config.tasks, config.task_path, config.few_shot, generates=False, key="evaluation.tasks")
     return RunData(tokenizer, corpus, evaluated)
 
 
@@ -63,7 +67,26 @@ class Evaluation:
             rank=(self.topology.index("data"), self.topology.sizes.data),
             over_ranks=self._over_ranks,
         )
+        if self.config.tasks:
+            found["tasks"] = self._tasks(stage)
         return dict(flat(found))
+
+    def _tasks(self, stage: Stage) -> dict[str, dict[str, float]]:
+        """Every rank asks the same questions, and all answer together."""
+        from v4train.evaluation.harness import HarnessModel, run_tasks
+
+        sizes = (stage.sequence_length, self.settings.micro_batch(stage))
+        asked = HarnessModel(None, self.data.tokenizer, self._whole_scores, *sizes, even=True)
+        config = self.config
+        return gathered(run_tasks(asked, config.tasks, config.task_path, config.few_shot, config.task_limit))[0]
+
+    def _whole_scores(self, batch: Batch) -> Scores:
+        """Of rows that all data ranks have, on every rank."""
+        own = torch.stack([of.double() for of in self._scores(batch)])
+        if self.topology.index("data"):
+            own = torch.zeros_like(own)
+        nats, likeliest, counted = self._over_ranks(own)
+        return Scores(nats, likeliest > 0, counted > 0)
 
     def _scores(self, batch: Batch) -> Scores:
         """Of whole rows; what another rank counts is 0 here: of a row's shards, stages and copies each has its own."""
