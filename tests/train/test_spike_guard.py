@@ -131,7 +131,8 @@ def test_a_layer_that_grows_at_once_is_broken(factor, seen):
     spike = detector.observe(3.0, 1.0, True, activations={"blocks.0": 1.0, "blocks.1": 1.15**29 * factor})
     assert (spike is not None) == seen
     if seen:
-        assert spike.steps == 1 and spike.why.startswith("the output of blocks.1 is ") and "after 57.6" in spike.why
+        assert spike.steps == 1 and spike.why.startswith("the output of blocks.1 is ")
+        assert "after 57.6" in spike.why or not math.isfinite(factor)
         assert detector.scales[-1]["blocks.1"] == pytest.approx(29 * math.log(1.15))  # it isn't held against what comes
 
 
@@ -144,6 +145,7 @@ def test_no_layer_is_broken_in_the_first_steps_nor_where_the_mode_changes():
     assert (
         after_scales([1.0, 10.0, 100.0, 100.0, 100.0]).observe(3.0, 1.0, True, activations={"blocks.1": 101.0}) is None
     )
+    assert "is inf" in SpikeDetector(CONFIG).observe(3.0, 1.0, True, activations={"blocks.1": math.inf}).why
     detector = after_scales([1.0] * 10)
     detector.settle()
     assert detector.observe(3.0, 1.0, True, activations={"blocks.1": 99.0}) is None

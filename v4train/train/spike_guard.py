@@ -152,12 +152,15 @@ class SpikeDetector:
 
     def _broken(self, scales: Mapping[str, float]) -> str:
         """Which layer's output is too large beside the last steps' largest, in words; empty if none is, or while there
-        are too few steps: in a run's first ones layers may grow as fast."""
+        are too few steps: in a run's first ones layers may grow as fast. What is not finite is too large in any."""
+        for name, scale in scales.items():
+            if not math.isfinite(scale):
+                return f"the output of {name} is {scale} (root mean square)"
         if len(self.scales) < self.config.min_history or not self.config.activation_margin:
             return ""
         for name, scale in scales.items():
             before = max(of.get(name, scale) for of in self.scales)
-            if not scale - before <= self.config.activation_margin:  # NaN too
+            if scale - before > self.config.activation_margin:
                 return f"the output of {name} is {math.exp(scale):.3g} (root mean square) after {math.exp(before):.3g}"
         return ""
 
