@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launch import ROOT, launch
+from tests.lm_eval_tasks import write_choice
 from tests.runs import tiny
 from v4train.train.metrics import read_metrics
 
@@ -24,18 +25,6 @@ COMMON = [
     "model.attention.o_groups=4",
     "model.attention.indexer.num_heads=4",
 ]
-TASK = """
-task: choose
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {path}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: 1
-num_fewshot: 0
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}, {{metric: brier_score}}]
-"""
 LAYOUTS = {
     "context": ["parallelism=context", "parallelism.zero_stage=3", "parallelism.expert=2"],
     "tensor": ["parallelism=tensor"],
@@ -61,9 +50,9 @@ def base(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("evaluation")
     folder = base / "tasks"
     folder.mkdir()
-    lines = [json.dumps({"question": f"def f{i}(", "choices": ["a, b):", "x" * (i + 1), ")"]}) for i in range(7)]
-    (folder / "questions.jsonl").write_text("\n".join(lines))
-    (folder / "choose.yaml").write_text(TASK.format(path=folder / "questions.jsonl"))
+    choices = [["a, b):", "x" * (i + 1), ")"] for i in range(7)]
+    documents = [{"context": f"def f{i}(", "choices": of, "answer": 1} for i, of in enumerate(choices)]
+    write_choice(folder, "choose", documents)
     return base
 
 

@@ -1,6 +1,5 @@
 """lm_eval's Python API scores what was exported, on a task file of one's own, as our model does itself."""
 
-import json
 import math
 import sysconfig
 from pathlib import Path
@@ -11,6 +10,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Indexer
 
+from tests.lm_eval_tasks import write_choice
 from tests.parity.peers import lower_index_wins_ties
 from tests.untrained import LLAMA, V3, untrained_run
 from tools import export_hf
@@ -20,19 +20,6 @@ from v4train.train.run_directory import find_checkpoint
 
 pytestmark = pytest.mark.parity
 
-TASK = """
-task: next_line
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {path}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-"""
-
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> Path:
@@ -40,12 +27,11 @@ def tasks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     lines = (Path(sysconfig.get_paths()["stdlib"]) / "textwrap.py").read_text().splitlines()
     lines = [line for line in lines if line.strip()][:60]
-    with (folder / "next_line.jsonl").open("w") as file:
-        for i in range(0, 36, 3):
-            choices = ["\n" + lines[j].rstrip() for j in (i + 1, i + 20, i + 21)]
-            document = {"context": lines[i].rstrip(), "choices": choices, "answer": 0}
-            file.write(json.dumps(document) + "\n")
-    (folder / "next_line.yaml").write_text(TASK.format(path=folder / "next_line.jsonl"))
+    documents = []
+    for i in range(0, 36, 3):
+        choices = ["\n" + lines[j].rstrip() for j in (i + 1, i + 20, i + 21)]
+        documents.append({"context": lines[i].rstrip(), "choices": choices, "answer": 0})
+    write_choice(folder, "next_line", documents)
     return folder
 
 
