@@ -251,6 +251,20 @@ def test_a_run_killed_just_before_its_summary_gets_it_when_started_again(finishe
     assert steps == list(range(1, STEPS + 1))
 
 
+def test_a_finished_run_that_goes_on_is_unfinished_until_it_ends_again(finished, base):
+    folder = base / "longer"
+    shutil.copytree(finished[0], folder)
+    longer = tiny(base, "longer", f"train.max_steps={STEPS + 4}")
+    paused = pretrain(*longer, f"train.stop_at_step={STEPS + 2}", cwd=base)
+    assert paused.returncode == 0 and not (folder / "summary.json").exists(), paused.stderr
+    shorter = pretrain(*tiny(base, "longer"), cwd=base)
+    assert shorter.returncode == 2 and len(shorter.stderr.splitlines()) == 1
+    assert f"train.max_steps={STEPS}: the run would end at step {STEPS}, and " in shorter.stderr
+    assert f"step_{STEPS + 2:08d} is at {STEPS + 2}" in shorter.stderr
+    assert pretrain(*longer, cwd=base).returncode == 0
+    assert json.loads((folder / "summary.json").read_text())["step"] == STEPS + 4
+
+
 def test_every_rank_refuses_what_rank_0_finds_in_the_run_directory(finished, base):
     """One line, and code 2 from both ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *command()[1:]]

@@ -214,6 +214,14 @@ def test_events_and_phases_are_drawn(folder):
     assert [text.get_text().strip() for text in axes.texts] == ["dense, 4 x 512", "sparse, 4 x 512"]
 
 
+def test_hash_routed_layers_do_not_set_the_scale_of_violations(folder):
+    run = read_run(folder / "low")
+    for record in run.steps:
+        record["max_violation_by_layer"]["blocks.0"] = 30.0
+    figure = LAYER_PICTURES["violation_by_layer"].draw([run])
+    assert figure.axes[0].images[0].get_clim() == (0, 4)
+
+
 def test_parts_of_the_time_and_layers_are_drawn(folder):
     run = read_run(folder / "low")
     (axes,) = LAYER_PICTURES["step_time"].draw([run]).axes
@@ -226,6 +234,7 @@ def test_parts_of_the_time_and_layers_are_drawn(folder):
     steps = np.arange(1, 61)
     np.testing.assert_allclose(violation[0].images[0].get_array(), [2 / steps, 4 / steps])
     assert [label.get_text() for label in violation[0].get_yticklabels()] == ["blocks.3", "mtp"]
+    assert violation[0].images[0].get_clim() == (0, 4)
     np.testing.assert_array_equal(load[0].images[0].get_array(), [[0.5, 1.0, 1.5, 1.0]] * 3)
     mix = LAYER_PICTURES["attention_mix"].draw([run])
     words = [text.get_text() for text in mix.legends[0].get_texts()]

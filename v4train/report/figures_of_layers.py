@@ -98,7 +98,10 @@ def draw_layers(runs: list[Run], figure_of_layer: str, label: str) -> Figure | N
 
 
 def draw_violations(runs: list[Run]) -> Figure | None:
-    """Max violation by step (across) and layer (down), so that one layer that collapses is seen among many."""
+    """Max violation by step (across) and layer (down), so that one layer that collapses is seen among many.
+
+    The scale is that of the score-routed layers: hash-routed ones, whose loads the text gives them, may lie beyond.
+    """
     records = [record for record in runs[0].steps if record.get("max_violation_by_layer")]
     if not records:
         return None
@@ -108,11 +111,13 @@ def draw_violations(runs: list[Run]) -> Figure | None:
     axes.grid(False)
     steps = [record["step"] for record in records]
     extent = (steps[0] - 0.5, steps[-1] + 0.5, len(names) - 0.5, -0.5)
-    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest", extent=extent)
+    most = max((record["max_violation"] for record in records if "max_violation" in record), default=np.nanmax(table))
+    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=most, interpolation="nearest", extent=extent)
     every = -(-len(names) // 20)
     axes.set_yticks(range(0, len(names), every), names[::every], fontsize=8)
     figure.subplots_adjust(left=0.2)
-    figure.colorbar(image, ax=axes, label="max violation")
+    beyond = "max" if np.nanmax(table) > most else "neither"
+    figure.colorbar(image, ax=axes, label="max violation", extend=beyond)
     finish(axes, "")
     return figure
 

@@ -167,10 +167,14 @@ def _find_start(directory: RunDirectory, settings: Settings, launch: str | None)
     continues, ended = directory.holds_run() and not overwrite, False
     if start:
         manifest = checkpoint.read_manifest(start)
-        settings.plan.check_continues(manifest["step"], manifest["state"].get("history"))
-        ended = continues and manifest["step"] >= settings.plan.total_steps and directory.summary.is_file()
-    if ended:
-        directory.check_ended(start, settings.resolved)
+        step, end = manifest["step"], settings.plan.total_steps
+        settings.plan.check_continues(step, manifest["state"].get("history"))
+        ended = continues and step >= end and directory.summary.is_file()
+        if ended:
+            directory.check_ended(start, settings.resolved)
+        elif step > end:
+            rule = f"the run would end at step {end}, and {start} is at {step}"
+            raise ConfigError("train.max_steps", settings.train.max_steps, rule, "raise it, or use another run.name")
     return _Begin(start, overwrite, continues, ended, held)
 
 

@@ -112,15 +112,16 @@ class RunDirectory:
         return written, sorted(path.name for path in self.checkpoints.glob("step_*"))
 
     def prepare(self, overwrite: bool, resolved: dict[str, Any], launch: str | None = None) -> None:
-        """Make the folder, empty if `overwrite`, and write config.yaml and who has begun it (`begun_by`).
+        """Make the folder, empty if `overwrite`, of a run under way.
 
-        Rank 0 only, before the others read.
+        With config.yaml and who has begun it (`begun_by`), without summary.json. Rank 0 only, before the others read.
         """
         if overwrite and self.holds_run():
             # What says that it is a run's goes last: a deletion that was cut off can be gone on with
             for path in sorted(self.path.iterdir(), key=lambda path: path == self.config):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
+        self.summary.unlink(missing_ok=True)  # one that had ended goes on
         durable.replace(self.config, OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
         if launch is not None:
             durable.replace(self.launch, launch.encode())
