@@ -80,6 +80,8 @@ def test_figures_are_mean_and_deviation_over_seeds(paths):
     assert "tokens to 3.6000" not in adamw  # one of its seeds doesn't get there
     closing = sum(4 / step for step in range(55, 61)) / 6
     assert muon["max violation, last tenth"] == f"{closing:.3f} ± 0.000"
+    assert muon["indexer captured, last tenth"] == "0.300 ± 0.000"
+    assert (muon["gain forward"], muon["gain backward"]) == ("301 ± 0", "100 ± 0")  # of the last layer, and the first
     assert adamw["recall at 32"] == f"0.960 ± {0.04 / math.sqrt(2):.3f}" and muon["recall at 64"] == "0.600 ± 0.000"
     assert "recall at 128" not in muon
 

@@ -60,7 +60,7 @@ def draw_gain(runs: list[Run]) -> Figure | None:
     figure, axes = new_figure()
     for color, name, group in _named(groups_of([run for run in runs if run.steps])):
         for way, style in (("forward", "-"), ("backward", "--")):
-            curves = [dict(gains_of(run, f"gain_{way}")) for run in group.runs]
+            curves = [run.gains(way) for run in group.runs]
             steps = sorted(set.intersection(*map(set, curves)))
             values = np.array([[curve[step] for step in steps] for curve in curves])
             _band(axes, np.array(steps), values, color, style, name if style == "-" else None)
@@ -70,14 +70,6 @@ def draw_gain(runs: list[Run]) -> Figure | None:
     axes.set_yscale("log")
     finish(axes, "largest absolute sum")
     return figure
-
-
-def gains_of(run: Run, key: str) -> Iterator[tuple[int, float]]:
-    """(step, gain of the product of all mixing matrices)."""
-    for record in run.steps:
-        gains = [of[key] for of in record.get("layers", {}).values() if key in of]
-        if gains:
-            yield record["step"], gains[-1 if key == "gain_forward" else 0]
 
 
 def _band(axes: Axes, x: np.ndarray, values: np.ndarray, color: str, style: str, label: str | None) -> None:

@@ -12,7 +12,8 @@ from v4train.report.runs import Curve, Run
 from v4train.train.run_directory import BOOKKEEPING
 
 SEEDS = ("seed", "model.init.seed")
-LAST_SHARE = 0.1  # of a run, over which its closing `max_violation` is averaged
+CLOSING = ("max_violation", "indexer_recall", "indexer_captured")  # averaged over a run's last part
+LAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,13 @@ class Group:
                 found[distance].append(accuracy)
         return {distance: np.array(found[distance]) for distance in sorted(found)}
 
-    @cached_property
-    def closing_violations(self) -> np.ndarray:
-        """`max_violation` of each run that has routers, averaged over the last tenth."""
-        return np.array([of for run in self.runs if (of := closing_violation(run)) is not None])
+    def closing(self, key: str) -> np.ndarray:
+        """A key of the training steps, averaged over the last tenth of each run that has it."""
+        return np.array([of for run in self.runs if (of := closing(run, key)) is not None])
+
+    def last_gains(self, way: str) -> np.ndarray:
+        """Of the product of all mixing matrices, at the end of each run that logged it. way: forward | backward."""
+        return np.array([list(gains.values())[-1] for run in self.runs if (gains := run.gains(way))])
 
 
 def groups_of(runs: list[Run]) -> list[Group]:
@@ -88,11 +92,11 @@ def first_below(curve: Curve, level: float) -> float | None:
     return float(x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - level) / (y[i - 1] - y[i]))
 
 
-def closing_violation(run: Run) -> float | None:
-    steps, values = run.curve("max_violation")
-    if not len(steps) or not values.any():
-        return None
-    return float(values[steps > (1 - LAST_SHARE) * steps[-1]].mean())
+def closing(run: Run, key: str) -> float | None:
+    """Mean over the run's last tenth; None where it has no values there, or nothing but zeros."""
+    steps, values = run.curve(key)
+    values = values[steps > (1 - LAST_SHARE) * run.end]
+    return float(values.mean()) if values.any() else None
 
 
 def group_figures(groups: list[Group]) -> list[dict[str, str]]:
@@ -111,8 +115,12 @@ def _figures(group: Group, level: float | None):
         yield "validation loss", in_words(group.final_losses, "{:.4f}")
     if level is not None and len(group.runs) == len(tokens := group.tokens_to(level)):
         yield f"tokens to {level:.4f}", in_words(tokens, "{:,.0f}")
-    if len(group.closing_violations):
-        yield "max violation, last tenth", in_words(group.closing_violations, "{:.3f}")
+    for key in CLOSING:
+        if len(values := group.closing(key)):
+            yield f"{key.replace('_', ' ')}, last tenth", in_words(values, "{:.3f}")
+    for way in ("forward", "backward"):
+        if len(gains := group.last_gains(way)):
+            yield f"gain {way}", in_words(gains, "{:.3g}")
     for distance, accuracies in group.recall.items():
         yield f"recall at {distance}", in_words(accuracies, "{:.3f}")
 

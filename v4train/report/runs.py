@@ -85,6 +85,15 @@ class Run:
         found = {int(key.removeprefix(RECALL)): of for key, of in last.items() if key.startswith(RECALL)}
         return {distance: accuracy for distance, accuracy in found.items() if accuracy is not None}
 
+    def gains(self, way: str) -> dict[int, float]:
+        """Gain of the product of all mixing matrices by step, of those that were logged. way: forward | backward."""
+        found = {}
+        for record in self.steps:
+            gains = [of[f"gain_{way}"] for of in record.get("layers", {}).values() if f"gain_{way}" in of]
+            if gains:
+                found[record["step"]] = gains[-1 if way == "forward" else 0]
+        return found
+
     def last(self, key: str) -> Any:
         """The newest value of a key that was logged now and then; None if it never was."""
         return next((record[key] for record in reversed(self.steps) if key in record), None)
