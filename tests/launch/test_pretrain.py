@@ -257,10 +257,15 @@ def test_a_finished_run_that_goes_on_is_unfinished_until_it_ends_again(finished,
     longer = tiny(base, "longer", f"train.max_steps={STEPS + 4}")
     paused = pretrain(*longer, f"train.stop_at_step={STEPS + 2}", cwd=base)
     assert paused.returncode == 0 and not (folder / "summary.json").exists(), paused.stderr
-    shorter = pretrain(*tiny(base, "longer"), cwd=base)
-    assert shorter.returncode == 2 and len(shorter.stderr.splitlines()) == 1
-    assert f"train.max_steps={STEPS}: the run would end at step {STEPS}, and " in shorter.stderr
-    assert f"step_{STEPS + 2:08d} is at {STEPS + 2}" in shorter.stderr
+    refusals = {
+        "train.max_steps=10": ["train.max_steps=10"],
+        "train.max_tokens=1": ["train.max_tokens=1"],
+        "schedule.learning_rate=0.123": [f"train.max_steps={STEPS + 2}", "schedule.learning_rate=0.123"],
+    }
+    for key, overrides in refusals.items():
+        refused = pretrain(*tiny(base, "longer"), *overrides, cwd=base)
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+        assert refused.stderr.startswith(f"error: {key}: the run ")
     assert pretrain(*longer, cwd=base).returncode == 0
     assert json.loads((folder / "summary.json").read_text())["step"] == STEPS + 4
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.model.packings import batch_of
 from tests.models import random_model, tiny_config
 from v4train.errors import ConfigError
-from v4train.model.losses import Losses
+from v4train.model.losses import Losses, share
 
 MODES = ["dense", "indexer_warmup", "sparse"]
 BATCH = batch_of([21, -3, 19], [30, 13])
@@ -175,6 +175,11 @@ def test_indexer_learns_by_its_own_loss_alone(mode, mix, tensors, monkeypatch):
             continue
         assert without[name].abs().max() == 0, name
         assert (changed[name].abs().max() > 1e-6) == (mode != "dense"), name
+
+
+def test_a_share_of_what_is_no_number_is_none():
+    assert share(0.0, 0.0) == 1 and share(1.0, 4.0) == 0.25
+    assert share(torch.nan, torch.nan).isnan()
 
 
 def test_loss_shares_are_means_over_layers(monkeypatch):

@@ -1,8 +1,11 @@
 """Start, continue or refuse what a run's folder holds."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
+from v4train import durable
 from v4train.errors import ConfigError
 from v4train.train import checkpoint, checkpoint_writer
 from v4train.train.restarts import launch_name, restarts
@@ -57,6 +60,17 @@ def test_auto_continues_from_the_newest_checkpoint(directory):
 def test_a_run_killed_before_its_first_checkpoint_starts_again(directory):
     start(directory)
     assert start(directory) is None
+
+
+def test_a_run_that_goes_on_has_not_ended_unless_it_can_not_go_on(directory, monkeypatch):
+    start(directory)
+    directory.summary.write_text("{}")
+    with monkeypatch.context() as full, pytest.raises(OSError, match="no space"):
+        full.setattr(durable, "replace", Mock(side_effect=OSError("no space")))
+        start(directory)
+    assert directory.summary.is_file()
+    start(directory)
+    assert not directory.summary.exists()
 
 
 def test_never_refuses_an_existing_run(directory):

@@ -166,4 +166,4 @@ def in_backward() -> bool:
 def share(part: Tensor | float, whole: Tensor | float) -> Tensor:
     """part / whole; 1 where there is nothing to have a part of."""
     part, whole = torch.as_tensor(part), torch.as_tensor(whole)
-    return torch.where(whole > 0, part / whole, 1.0)
+    return torch.where(whole == 0, 1.0, part / whole)

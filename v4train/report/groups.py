@@ -56,7 +56,7 @@ class Group:
         return np.array([of for run in self.runs if (of := closing(run, key)) is not None])
 
     def last_gains(self, way: str) -> np.ndarray:
-        """Of the product of all mixing matrices, at the end of each run that logged it. way: forward | backward."""
+        """Of the product of all mixing matrices, as last logged by each run that has it. way: forward | backward."""
         return np.array([list(gains.values())[-1] for run in self.runs if (gains := run.gains(way))])
 
 
@@ -120,7 +120,7 @@ def _figures(group: Group, level: float | None):
             yield f"{key.replace('_', ' ')}, last tenth", in_words(values, "{:.3f}")
     for way in ("forward", "backward"):
         if len(gains := group.last_gains(way)):
-            yield f"gain {way}", in_words(gains, "{:.3g}")
+            yield f"gain {way}", in_words(gains.round(4), "{:.3g}")
     for distance, accuracies in group.recall.items():
         yield f"recall at {distance}", in_words(accuracies, "{:.3f}")
 

@@ -167,15 +167,27 @@ def _find_start(directory: RunDirectory, settings: Settings, launch: str | None)
     continues, ended = directory.holds_run() and not overwrite, False
     if start:
         manifest = checkpoint.read_manifest(start)
-        step, end = manifest["step"], settings.plan.total_steps
+        step = manifest["step"]
         settings.plan.check_continues(step, manifest["state"].get("history"))
-        ended = continues and step >= end and directory.summary.is_file()
-        if ended:
+        if continues and step >= settings.plan.total_steps:
             directory.check_ended(start, settings.resolved)
-        elif step > end:
-            rule = f"the run would end at step {end}, and {start} is at {step}"
-            raise ConfigError("train.max_steps", settings.train.max_steps, rule, "raise it, or use another run.name")
+            ended = directory.summary.is_file()
+        if step > settings.plan.total_steps and not ended:
+            raise _too_short(settings, start, continues)
     return _Begin(start, overwrite, continues, ended, held)
+
+
+def _too_short(settings: Settings, start: Path, continues: bool) -> ConfigError:
+    """Names the key that decides where the run ends, which is before its checkpoint."""
+    train, plan = settings.train, settings.plan
+    key, value = "schedule.phases", [phase.name for phase in plan.phases]
+    if train.max_steps == plan.total_steps:
+        key, value = "train.max_steps", train.max_steps
+    elif train.max_tokens is not None and plan.total_tokens >= train.max_tokens:
+        key, value = "train.max_tokens", train.max_tokens
+    rule = f"the run would end at step {plan.total_steps}, before checkpoint {start}"
+    other = "use another run.name" if continues else "start from an earlier checkpoint"
+    return ConfigError(key, value, rule, f"make it longer, or {other}")
 
 
 def _prepare(directory: RunDirectory, settings: Settings, launch: str | None, begin: _Begin) -> None:

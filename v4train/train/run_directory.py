@@ -31,6 +31,7 @@ BOOKKEEPING = re.compile(  # that no figure depends on
 ASKED_AGAIN = re.compile(
     r"checkpoint\.|guard\.(?!anticipat)|parallelism\.|(device|compile)$|train\.(micro_batch_size|recompute|\w+_every|deterministic)$"
 )
+LENGTH = ("train.max_steps", "train.max_tokens")
 FIND_RUN = "give the folder of a run, runs/NAME, or of one of its checkpoints"
 
 logger = logging.getLogger("v4train")
@@ -121,17 +122,21 @@ class RunDirectory:
             for path in sorted(self.path.iterdir(), key=lambda path: path == self.config):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.summary.unlink(missing_ok=True)  # one that had ended goes on
         durable.replace(self.config, OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
         if launch is not None:
             durable.replace(self.launch, launch.encode())
+        self.summary.unlink(missing_ok=True)  # last: where it can't go on, it has still ended
 
     def check_ended(self, start: Path, resolved: dict[str, Any]) -> None:
-        """Of a finished run that is asked for again: raise ConfigError where its figures would be other ones."""
+        """Of a run that has no step left: raise ConfigError where its figures would be other ones.
+
+        One that was stopped before its end may be asked for as one that ends there: it has no summary yet.
+        """
         saved = _leaves(OmegaConf.create(checkpoint.read_manifest(start)["state"]["config"]), "")
         for leaf, now in _leaves(OmegaConf.create(resolved), "").items():
             key = leaf.removeprefix(".")
             unused = key.startswith("evaluation.") and not resolved["train"]["evaluate_every"]
+            unused |= key in LENGTH and not self.summary.is_file()
             if unused or BOOKKEEPING.match(key) or ASKED_AGAIN.match(key) or key in FREE:
                 continue
             if leaf in saved and saved[leaf] != now:  # an older version's lacks what is new
