@@ -178,7 +178,7 @@ def test_indexer_learns_by_its_own_loss_alone(mode, mix, tensors, monkeypatch):
 
 
 def test_a_share_of_what_is_no_number_is_none():
-    assert share(0.0, 0.0) == 1 and share(1.0, 4.0) == 0.25
+    assert share(0.0, 0.0) == share(2e-9, -1e-9) == 1 and share(1.0, 4.0) == 0.25
     assert share(torch.nan, torch.nan).isnan()
 
 

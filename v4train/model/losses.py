@@ -164,6 +164,6 @@ def in_backward() -> bool:
 
 
 def share(part: Tensor | float, whole: Tensor | float) -> Tensor:
-    """part / whole; 1 where there is nothing to have a part of."""
+    """part / whole; 1 where there is nothing to have a part of, or less by rounding."""
     part, whole = torch.as_tensor(part), torch.as_tensor(whole)
-    return torch.where(whole == 0, 1.0, part / whole)
+    return torch.where(whole <= 0, 1.0, part / whole)
