@@ -166,7 +166,7 @@ if os.environ["RANK"] == "1":
 try:
     pretrain.pretrain(settings(load(sys.argv[1:])))
 except ConfigError as error:
-    print(f"rank {os.environ['RANK']}: {error}")
+    sys.stdout.write(f"rank {os.environ['RANK']}: {error}\\n")  # in one piece: both ranks write to one pipe
 """
 
 
