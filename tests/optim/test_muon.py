@@ -50,6 +50,13 @@ def test_what_ten_iterations_lift(shape):
     torch.testing.assert_close(rms, torch.full_like(rms, 0.18), atol=0.002, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(128, 128), (256, 256), (512, 512), (512, 511), (4, 256, 256)])
+def test_twelve_fast_iterations_lift_what_any_gaussian_has(shape):
+    for seed in range(8):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        assert (torch.linalg.svdvals(newton_schulz(gradient, (12, 2))) - 1).abs().max() < 0.01
+
+
 @pytest.mark.parametrize("shape", [(64, 64), (128, 24), (3, 2, 40, 96), (7, 1)])
 def test_singular_values_follow_the_scalar_polynomial(shape):
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

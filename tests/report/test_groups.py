@@ -10,7 +10,7 @@ from tests.report.folders import make_run
 from tests.report.test_report import cells
 from v4train.report import compare
 from v4train.report.figures_of_groups import GROUP_PICTURES
-from v4train.report.groups import closing, first_below, group_figures, groups_of
+from v4train.report.groups import closing_mean, first_below, group_figures, groups_of
 from v4train.report.runs import read_run
 
 OFFSETS = {"muon": (0.0, 0.2), "adamw": (0.4, 0.8)}
@@ -91,7 +91,7 @@ def test_what_is_not_logged_in_a_runs_last_part_has_no_closing_figure(paths):
     run = read_run(paths[0])
     for record in run.steps[50:]:
         del record["indexer_recall"]
-    assert closing(run, "indexer_recall") is None and closing(run, "indexer_captured") == pytest.approx(0.3)
+    assert closing_mean(run, "indexer_recall") is None and closing_mean(run, "indexer_captured") == pytest.approx(0.3)
 
 
 def test_where_a_curve_comes_down_to_a_level():

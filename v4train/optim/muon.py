@@ -28,8 +28,8 @@ def newton_schulz(matrices: Tensor, steps: tuple[int, int] = (8, 2), dtype: torc
     matrices: `[..., n, m]`, any scale (also beyond what squares of float32 can hold). steps: number of FAST and of
     EXACT iterations. dtype: of the matrix products; bfloat16 is stable. Returns `[..., n, m]` in the dtype of
     `matrices`. A zero matrix gives zeros; one that is not finite gives NaN. Eight FAST iterations lift a small singular
-    value 3.44^8 times, so what is below 4e-5 of the matrix's norm stays below 1: of square Gaussians of 512 rows one in
-    four has such a value, and one in thirty below 4e-5 of its largest singular value: no other divisor would do.
+    value 3.44^8 times, so what is below about 2.5e-5 of the matrix's norm stays below 1: of square Gaussians of 512
+    rows one in four has such a value. Twelve lift it too, and a rank-deficient matrix's rounding as far.
     """
     rows, columns = matrices.shape[-2:]
     x = matrices.reshape(-1, rows, columns)

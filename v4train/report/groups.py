@@ -53,7 +53,7 @@ class Group:
 
     def closing(self, key: str) -> np.ndarray:
         """A key of the training steps, averaged over the last tenth of each run that has it."""
-        return np.array([of for run in self.runs if (of := closing(run, key)) is not None])
+        return np.array([of for run in self.runs if (of := closing_mean(run, key)) is not None])
 
     def last_gains(self, way: str) -> np.ndarray:
         """Of the product of all mixing matrices, as last logged by each run that has it. way: forward | backward."""
@@ -92,7 +92,7 @@ def first_below(curve: Curve, level: float) -> float | None:
     return float(x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - level) / (y[i - 1] - y[i]))
 
 
-def closing(run: Run, key: str) -> float | None:
+def closing_mean(run: Run, key: str) -> float | None:
     """Mean over the run's last tenth; None where it has no values there, or nothing but zeros."""
     steps, values = run.curve(key)
     values = values[steps > (1 - LAST_SHARE) * run.end]
